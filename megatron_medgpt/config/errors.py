@@ -1,0 +1,19 @@
+"""Errors that a user can mend. The command line prints their one line and exits with their code."""
+
+
+class MedgptError(Exception):
+    """An expected failure: one line that names what was found, what is allowed and what to set."""
+
+    exit_code = 1
+
+
+class UsageError(MedgptError):
+    """Wrong usage or configuration: exit code 2. Nothing was written."""
+
+    exit_code = 2
+
+
+class WorkError(MedgptError):
+    """The work itself failed (data, checkpoint, machine): exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,55 @@
+"""Package metadata. Why each dependency is here stands beside it."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "megatron-core>=0.16.1",  # the engine; 0.16.1 is the last for Python 3.10 and 3.11, 0.19 for 3.12 and later
+    "torch>=2.10",  # weights_only loading is unsafe before 2.10 (CVE-2026-24747)
+    "psutil",  # megatron-core's checkpoint writer hangs for ever without it and does not declare it
+    "numpy",
+    "transformers>=5.3",  # tokenizers, exports and parity tests (older versions execute config.json fields)
+    "safetensors",
+    "sentencepiece",  # language models that are not GPT-oss
+    "tokenizers",
+    "pyyaml",  # run.yaml
+    "omegaconf>=2.3",  # the grammar of section.field=value overrides
+    "typer",  # the command line
+    "rich",  # progress on a terminal
+    "tensorboard",
+    "matplotlib",  # plots of the report
+    "jinja2",  # the report's page
+    "pydicom>=3.0.2",  # 3.0.2 mends a path traversal in DICOMDIR
+    "python-gdcm",  # 12-bit and lossless JPEG without GPL code
+    "pyjpegls",  # JPEG-LS
+    "pylibjpeg-openjpeg",  # JPEG 2000 and HTJ2K
+    "pylibjpeg-rle",
+    "pillow>=12.2",  # 12.2 mends a FITS decompression bomb
+]
+EXTRAS = {
+    "cuda": ["triton"],
+    "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
+    "te": ["transformer-engine[pytorch]"],
+    "dev": [
+        "pytest",
+        "pytest-timeout",  # a multi-process test that hangs is a failure
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "import-linter",  # the import law
+    ],
+}
+
+setup(
+    name="megatron-medgpt",
+    version="0.1.0",
+    description="Distributed pretraining of biomedical GPT-oss vision-language models on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_medgpt*"]) + find_packages("kernels", include=["medgpt_kernels*"]),
+    package_dir={"medgpt_kernels": "kernels/medgpt_kernels"},
+    package_data={"megatron_medgpt": ["**/*.html", "**/*.json", "**/*.yaml"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["medgpt = megatron_medgpt.cli:main"]},
+)

@@ -13,10 +13,11 @@ Shape letters (they name the *logical* dimension and do not change when a tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -74,9 +75,23 @@ class MedBatch:
     image_spans: tuple[ImageSpan, ...] = ()
     num_targets: int = 0
     """Targets of this micro-batch, counted on the host."""
+    num_tokens: int = 0
+    """Positions that hold text or image (not padding), counted on the host."""
+    num_images: int = 0
+    """Images of the whole rows, whichever of them this rank decodes."""
     num_documents: int = 0
     sample_ids: tuple[str, ...] = ()
     """Opaque ids of the samples, in the order of the rows and documents."""
+
+    def to(self, device: torch.device) -> MedBatch:
+        """The same batch with its tensors on ``device``; the host's integers stay where they are."""
+        tensors = {
+            name: value.to(device, non_blocking=True)
+            for name in ("token_ids_BS", "label_ids_BS", "position_ids_BS", "document_ids_BS", "modality_ids_BS",
+                         "pixels_ICYX")
+            if (value := getattr(self, name)) is not None
+        }  # fmt: skip
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,61 @@
+# make demo    train a small medical vision-language model on this machine, start to finish
+# make test    everything CI runs on this Python's line of megatron-core
+# make check   the quick part, before every commit
+# Each sets up its own virtual environment first. PIP_ARGS is passed to pip (for example another index).
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev,dali
+PIP_ARGS ?=
+# Two lines of megatron-core are supported; this is the Python of the other one.
+PYTHON_NEWEST ?= $(shell for p in python3.13 python3.12; do $$p -c 'import venv' 2>/dev/null && { echo $$p; break; }; done)
+VENV_NEWEST ?= .venv-newest
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-newest check format setup setup-newest clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or later is needed; found $$($(PYTHON) -V). Set PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --upgrade pip wheel "setuptools<82" $(PIP_ARGS)
+	@$(BIN)/python -m pip install -q torch==2.13.0 $(PIP_ARGS)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@touch $@
+
+demo: setup
+	@$(BIN)/medgpt demo --out demo
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q . || { echo "run: make format"; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/tmp/medgpt-imports.$$$$ 2>&1 || { cat /tmp/medgpt-imports.$$$$; rm -f /tmp/medgpt-imports.$$$$; exit 1; }; rm -f /tmp/medgpt-imports.$$$$
+	@$(BIN)/python -m pytest tests/unit -x -q
+
+test: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/python -m pytest tests
+
+format: setup
+	@$(BIN)/ruff format -q .
+	@$(BIN)/ruff check -q --fix .
+
+setup-newest:
+	@test -n "$(PYTHON_NEWEST)" || { echo "no Python 3.12 or later found; set PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
+	@$(MAKE) --no-print-directory setup PYTHON=$(PYTHON_NEWEST) VENV=$(VENV_NEWEST)
+
+# The other line of megatron-core: what touches the engine.
+test-newest: setup-newest
+	@$(VENV_NEWEST)/bin/python -m pytest tests/unit tests/parallel tests/parity tests/flow
+
+clean:
+	rm -rf $(VENV) $(VENV_NEWEST) demo build *.egg-info

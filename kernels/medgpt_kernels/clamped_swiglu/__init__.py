@@ -1,0 +1,1 @@
+"""GPT-oss's gated activation on interleaved gate and up columns."""

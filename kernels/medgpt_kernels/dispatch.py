@@ -1,0 +1,87 @@
+"""Choosing an implementation by name: said once in the log, never changed silently.
+
+An op lists its implementations with a test of each: a function that answers None where the implementation serves the
+call, or why it does not. ``auto`` is the first of the list that serves (ops list the fastest first). A name that cannot
+serve is an error: a fallback could change arithmetic.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+
+log = logging.getLogger("medgpt_kernels")
+_said: set[tuple[str, str, str]] = set()
+
+
+def choose(op: str, name: str, serves: Mapping[str, Callable[[], str | None]]) -> str:
+    """Implementation of ``op`` that ``name`` means for this call.
+
+    Raises:
+        ValueError: the name is unknown, or the implementation cannot serve the call.
+    """
+    if name == "auto":
+        refusals = {}
+        for candidate, refusal_of in serves.items():
+            refusals[candidate] = refusal_of()
+            if refusals[candidate] is None:
+                _say_once(op, name, candidate)
+                return candidate
+        reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in refusals.items())
+        raise ValueError(f"{op}: no implementation serves this call ({reasons})")
+    if name not in serves:
+        raise ValueError(f"{op}: implementation {name!r}; allowed: auto, {', '.join(serves)}")
+    refusal = serves[name]()
+    if refusal is not None:
+        raise ValueError(f"{op}: implementation {name!r} cannot serve this call: {refusal}; set it to auto")
+    _say_once(op, name, name)
+    return name
+
+
+def _say_once(op: str, asked: str, chosen: str) -> None:
+    if (op, asked, chosen) not in _said:
+        _said.add((op, asked, chosen))
+        log.info("kernel %s: %s%s", op, chosen, " (auto)" if asked == "auto" else "")
+
+
+def triton_refusal(*tensors: torch.Tensor) -> str | None:
+    """Why Triton cannot serve tensors, or None: it needs CUDA, or its interpreter (TRITON_INTERPRET=1) on a CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return f"a tensor is on {tensor.device.type}; Triton needs CUDA, or TRITON_INTERPRET=1 for a test on a CPU"
+    return None
+
+
+def check(ok: bool, message: str) -> None:
+    """Refuse a call before any launch.
+
+    Raises:
+        ValueError: not ``ok``.
+    """
+    if not ok:
+        raise ValueError(message)
+
+
+def check_contiguous(**tensors: torch.Tensor) -> None:
+    """All on one device and contiguous."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        check(tensor.is_contiguous(), f"{name} is not contiguous (strides {tensor.stride()}); call .contiguous()")
+        check(
+            tensor.device == first.device,
+            f"{name} is on {tensor.device}, {first_name} on {first.device}; all must be on one device",
+        )
+
+
+def check_float(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    check(tensor.dtype in allowed, f"{name} is {str(tensor.dtype).removeprefix('torch.')}; allowed: {names}")

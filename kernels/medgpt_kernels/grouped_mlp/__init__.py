@@ -1,0 +1,1 @@
+"""The experts of a MoE layer: one MLP per run of rows."""

@@ -1,0 +1,263 @@
+"""The conversions with their checks, the choice of implementation, and registration for ``torch.compile``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.mx import reference
+from medgpt_kernels.mx.reference import E4M3, FP8_BLOCK, MX_BLOCK
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _kernels():
+    from medgpt_kernels.mx import triton  # an optional dependency, imported when a kernel is first asked for
+
+    return triton
+
+
+def _serves(*tensors: Tensor) -> dict:
+    return {"triton": lambda: triton_refusal(*tensors), "reference": lambda: None}
+
+
+def triton_dtype(dtype: torch.dtype):
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+@torch.library.custom_op("medgpt_kernels::quantise_rows", mutates_args=())
+def _quantise_rows(x_MK: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    if implementation == "reference":
+        codes, scales = reference.quantise_rows(x_MK)
+        return codes.view(torch.uint8), scales
+    M, K = x_MK.shape
+    G = _cdiv(K, FP8_BLOCK)
+    codes = torch.empty((M, K), dtype=torch.uint8, device=x_MK.device)
+    scales = torch.empty((M, G), dtype=torch.float32, device=x_MK.device)
+    if M:
+        _kernels().quantise_rows_kernel[(_cdiv(M, 32), G)](x_MK, codes, scales, M, K, G, BLOCK_M=32)
+    return codes, scales
+
+
+@_quantise_rows.register_fake
+def _(x_MK, implementation):
+    M, K = x_MK.shape
+    return x_MK.new_empty((M, K), dtype=torch.uint8), x_MK.new_empty((M, _cdiv(K, FP8_BLOCK)), dtype=torch.float32)
+
+
+def quantise_rows(x_MK: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """FP8 for the left side of a product: one power-of-two scale per 128 consecutive values of a row.
+
+    Args:
+        x_MK: bf16, fp16 or fp32, contiguous. K need not divide by 128: the last group is shorter (2880 has 23).
+
+    Returns:
+        float8_e4m3fn (M, K) and fp32 (M, ceil(K / 128)). Values that are not finite become NaN.
+
+    Raises:
+        ValueError: dtype, layout or dimensions that are not served.
+    """
+    check(x_MK.dim() == 2 and x_MK.shape[1] > 0, f"x_MK has shape {tuple(x_MK.shape)}; allowed: (M, K) with K > 0")
+    check_float("x_MK", x_MK, FLOATS)
+    check_contiguous(x_MK=x_MK)
+    codes, scales = _quantise_rows(x_MK, choose("mx.quantise_rows", implementation, _serves(x_MK)))
+    return codes.view(E4M3), scales
+
+
+@torch.library.custom_op("medgpt_kernels::quantise_tiles", mutates_args=())
+def _quantise_tiles(w_ERC: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    if implementation == "reference":
+        codes, scales = reference.quantise_tiles(w_ERC)
+        return codes.view(torch.uint8), scales
+    E, R, C = w_ERC.shape
+    grid = (_cdiv(R, FP8_BLOCK), _cdiv(C, FP8_BLOCK), E)
+    codes = torch.empty((E, R, C), dtype=torch.uint8, device=w_ERC.device)
+    scales = torch.empty((E, *grid[:2]), dtype=torch.float32, device=w_ERC.device)
+    _kernels().quantise_tiles_kernel[grid](w_ERC, codes, scales, R, C)
+    return codes, scales
+
+
+@_quantise_tiles.register_fake
+def _(w_ERC, implementation):
+    E, R, C = w_ERC.shape
+    scales = w_ERC.new_empty((E, _cdiv(R, FP8_BLOCK), _cdiv(C, FP8_BLOCK)), dtype=torch.float32)
+    return w_ERC.new_empty((E, R, C), dtype=torch.uint8), scales
+
+
+def quantise_tiles(w_ERC: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """FP8 for weights: one power-of-two scale per 128x128 tile, so that a transpose needs no second rounding.
+
+    Args:
+        w_ERC: bf16, fp16 or fp32, contiguous, E matrices; tiles at the edges are smaller.
+
+    Returns:
+        float8_e4m3fn (E, R, C) and fp32 (E, ceil(R / 128), ceil(C / 128)).
+    """
+    check(w_ERC.dim() == 3 and w_ERC.numel() > 0, f"w_ERC has shape {tuple(w_ERC.shape)}; allowed: (E, R, C), not empty")
+    check_float("w_ERC", w_ERC, FLOATS)
+    check_contiguous(w_ERC=w_ERC)
+    codes, scales = _quantise_tiles(w_ERC, choose("mx.quantise_tiles", implementation, _serves(w_ERC)))
+    return codes.view(E4M3), scales
+
+
+@torch.library.custom_op("medgpt_kernels::quantise_mxfp4", mutates_args=())
+def _quantise_mxfp4(w: Tensor, mode: str, implementation: str) -> tuple[Tensor, Tensor]:
+    if implementation == "reference":
+        return reference.quantise_mxfp4(w, mode)
+    groups = w.numel() // MX_BLOCK
+    leading = (*w.shape[:-1], w.shape[-1] // MX_BLOCK)
+    blocks = torch.empty((*leading, MX_BLOCK // 2), dtype=torch.uint8, device=w.device)
+    scales = torch.empty(leading, dtype=torch.uint8, device=w.device)
+    if implementation == "cuda":
+        from medgpt_kernels.mx import cuda
+
+        cuda.pack(w, blocks, scales, mode)
+    elif groups:
+        _kernels().pack_mxfp4_kernel[(_cdiv(groups, 128),)](w, blocks, scales, groups, FLOOR=mode == "floor", BLOCK=128)
+    return blocks, scales
+
+
+@_quantise_mxfp4.register_fake
+def _(w, mode, implementation):
+    leading = (*w.shape[:-1], w.shape[-1] // MX_BLOCK)
+    return w.new_empty((*leading, MX_BLOCK // 2), dtype=torch.uint8), w.new_empty(leading, dtype=torch.uint8)
+
+
+def quantise_mxfp4(w: Tensor, *, mode: str = "up", implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """MXFP4 along the last axis. See ``reference.quantise_mxfp4``.
+
+    Args:
+        w: bf16, fp16 or fp32, contiguous, (..., K) with K a multiple of 32.
+
+    Returns:
+        blocks (..., K / 32, 16) and scales (..., K / 32), uint8.
+    """
+    check(mode in reference.SCALE_MODES, f"mode is {mode!r}; allowed: {', '.join(reference.SCALE_MODES)}")
+    check(w.dim() > 0 and w.shape[-1] % MX_BLOCK == 0, f"w has {tuple(w.shape)}; its last axis must divide by 32")
+    check_float("w", w, FLOATS)
+    check_contiguous(w=w)
+    serves = {**_cuda_serves(w, w.dtype, (torch.bfloat16,)), **_serves(w)}
+    return _quantise_mxfp4(w, mode, choose("mx.quantise_mxfp4", implementation, serves))
+
+
+def _check_packed(blocks: Tensor, scales: Tensor) -> None:
+    for name, tensor in (("blocks", blocks), ("scales", scales)):
+        check(tensor.dtype == torch.uint8, f"{name} is {tensor.dtype}; allowed: uint8")
+    check(
+        blocks.shape[-1] == MX_BLOCK // 2 and blocks.shape[:-1] == scales.shape,
+        f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)}; allowed: (..., K / 32, 16) and (..., K / 32)",
+    )
+    check_contiguous(blocks=blocks, scales=scales)
+
+
+def check_scales(scales: Tensor) -> None:
+    """Refuse NaN scales. Reads the tensor on the host: call it where weights are loaded, not in a step.
+
+    Raises:
+        ValueError: an E8M0 byte is 255.
+    """
+    bad = int((scales == 255).sum())
+    check(bad == 0, f"scales holds {bad} NaN scales (E8M0 255) of {scales.numel()}; the weights are damaged")
+
+
+@torch.library.custom_op("medgpt_kernels::dequantise_mxfp4", mutates_args=())
+def _dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    if implementation == "reference":
+        return reference.dequantise_mxfp4(blocks, scales, dtype)
+    w = torch.empty((*scales.shape[:-1], scales.shape[-1] * MX_BLOCK), dtype=dtype, device=blocks.device)
+    groups = scales.numel()
+    if implementation == "cuda":
+        from medgpt_kernels.mx import cuda
+
+        cuda.unpack(blocks, scales, w)
+    elif groups:
+        grid = (_cdiv(groups, 128),)
+        _kernels().unpack_mxfp4_kernel[grid](blocks, scales, w, groups, DTYPE=triton_dtype(dtype), BLOCK=128)
+    return w
+
+
+@_dequantise_mxfp4.register_fake
+def _(blocks, scales, dtype, implementation):
+    return blocks.new_empty((*scales.shape[:-1], scales.shape[-1] * MX_BLOCK), dtype=dtype)
+
+
+def dequantise_mxfp4(
+    blocks: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.bfloat16, implementation: str = "auto"
+) -> Tensor:
+    """MXFP4 to (..., K), exact in bf16 and fp32; a NaN scale gives NaN (see ``check_scales``)."""
+    _check_packed(blocks, scales)
+    check(dtype in (torch.bfloat16, torch.float32), f"dtype is {dtype}; allowed: bfloat16, float32")
+    serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
+    return _dequantise_mxfp4(blocks, scales, dtype, choose("mx.dequantise_mxfp4", implementation, serves))
+
+
+def _cuda_serves(tensor: Tensor, dtype: torch.dtype | None = None, allowed: tuple[torch.dtype, ...] = ()) -> dict:
+    from medgpt_kernels.mx import cuda
+
+    refusal = f"it does not serve {dtype}" if allowed and dtype not in allowed else None
+    return {"cuda": lambda: refusal or cuda.refusal(tensor)}
+
+
+@torch.library.custom_op("medgpt_kernels::mxfp4_to_e4m3", mutates_args=())
+def _mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
+    if implementation == "reference":
+        codes, tile_scales, fits = reference.mxfp4_to_e4m3(blocks, scales)
+        return codes.view(torch.uint8), tile_scales, fits
+    E, N, groups = scales.shape
+    K = groups * MX_BLOCK
+    grid = (_cdiv(N, FP8_BLOCK), _cdiv(K, FP8_BLOCK), E)
+    codes = torch.empty((E, N, K), dtype=torch.uint8, device=blocks.device)
+    tile_scales = torch.empty((E, *grid[:2]), dtype=torch.float32, device=blocks.device)
+    fits = torch.empty((E, *grid[:2]), dtype=torch.int8, device=blocks.device)
+    if implementation == "cuda":
+        from medgpt_kernels.mx import cuda
+
+        cuda.to_e4m3(blocks, scales, codes, tile_scales, fits)
+    else:
+        _kernels().mxfp4_to_e4m3_kernel[grid](blocks, scales, codes, tile_scales, fits, N, K)
+    return codes, tile_scales, fits.bool()
+
+
+@_mxfp4_to_e4m3.register_fake
+def _(blocks, scales, implementation):
+    E, N, groups = scales.shape
+    tiles = (E, _cdiv(N, FP8_BLOCK), _cdiv(groups * MX_BLOCK, FP8_BLOCK))
+    codes = blocks.new_empty((E, N, groups * MX_BLOCK))
+    return codes, blocks.new_empty(tiles, dtype=torch.float32), blocks.new_empty(tiles, dtype=torch.bool)
+
+
+def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The same numbers as E4M3 with a power of two per 128x128 tile. See ``reference.mxfp4_to_e4m3``.
+
+    Returns:
+        float8_e4m3fn (E, N, K); fp32 tile scales; bool ``fits`` of each tile. Count ``~fits`` and use bf16 there.
+    """
+    check(blocks.dim() == 4 and blocks.numel() > 0, f"blocks has shape {tuple(blocks.shape)}; allowed: (E, N, K / 32, 16)")
+    _check_packed(blocks, scales)
+    serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
+    codes, tile_scales, fits = _mxfp4_to_e4m3(blocks, scales, choose("mx.mxfp4_to_e4m3", implementation, serves))
+    return codes.view(E4M3), tile_scales, fits
+
+
+class _FakeQuantise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: Tensor, mode: str, implementation: str) -> Tensor:
+        blocks, scales = quantise_mxfp4(w.detach().contiguous(), mode=mode, implementation=implementation)
+        dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
+        return dequantise_mxfp4(blocks, scales, dtype=dtype, implementation=implementation).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None, None
+
+
+def fake_quantise_mxfp4(w: Tensor, *, mode: str = "up", implementation: str = "auto") -> Tensor:
+    """``w`` rounded to MXFP4 along its last axis, in its own dtype; the gradient passes straight through."""
+    return _FakeQuantise.apply(w, mode, implementation)

@@ -1,0 +1,260 @@
+"""The command ``medgpt``. Each command calls one function of a room; nothing is computed here.
+
+Rooms are imported inside the commands: ``medgpt --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from megatron_medgpt import __version__
+from megatron_medgpt.config.errors import MedgptError, UsageError
+
+app = typer.Typer(
+    name="medgpt",
+    help="Train, evaluate and export biomedical GPT-oss vision-language models on megatron-core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Out = Annotated[Path, typer.Option("--out", help="Where the result is written.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"medgpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if debug:
+        os.environ["MEDGPT_DEBUG"] = "1"
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What this machine has, what will be used, what is missing and how to get it.
+
+    Example: `medgpt doctor`
+    """
+    from megatron_medgpt.observe.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(json=json))
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    nproc: Annotated[int, typer.Option(help="Ranks to train with: 2 or 4.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute of everything; learns next to nothing.")] = False,
+) -> None:
+    """The whole way on phantoms, on this machine: images, ingest, two stages, evaluation, report.
+
+    Example: `medgpt demo --out demo`
+    """
+    from megatron_medgpt.demo import run_demo
+
+    run_demo(out, num_ranks=nproc, quick=quick)
+
+
+@app.command()
+def phantoms(
+    out: Out = Path("phantoms"),
+    images: Annotated[int, typer.Option(help="Training images.")] = 2000,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 200,
+    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+) -> None:
+    """Write synthetic DICOM, JPEG and PNG images with captions, dialogues and OmniMedVQA-format questions.
+
+    Example: `medgpt phantoms --out phantoms --images 500`
+    """
+    from megatron_medgpt.ingest.phantom_study import make_phantoms
+
+    make_phantoms(out, num_train=images, num_test=questions, seed=seed)
+
+
+@app.command()
+def ingest(
+    inputs: Annotated[list[Path], typer.Argument(help="Files or folders to read.")],
+    out: Out,
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
+    image_root: Annotated[Optional[Path], typer.Option(help="Folder that image paths are relative to.")] = None,  # noqa: UP045
+    key_file: Annotated[Optional[Path], typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,  # noqa: UP045
+    map: Annotated[Optional[list[str]], typer.Option(help="k=column, e.g. image=Figure_path.")] = None,  # noqa: UP045
+    store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
+    workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
+    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
+    allow_burned_in: Annotated[bool, typer.Option(help="Accept images that may show text of a patient.")] = False,
+) -> None:
+    """Turn medical images and texts into a validated, de-identified, sharded dataset.
+
+    Example: `medgpt ingest captions.jsonl --image-root images --tokenizer tokenizer --out data/align`
+    """
+    from megatron_medgpt.ingest.command import run_ingest
+
+    run_ingest(
+        inputs,
+        out=out,
+        format=format,
+        image_root=image_root,
+        tokenizer=tokenizer,
+        mapping=_pairs(map or []) or None,
+        store=store,
+        workers=workers or None,
+        max_reject_rate=max_reject_rate,
+        allow_burned_in=allow_burned_in,
+        key_file=key_file,
+    )
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
+    sample: Annotated[Optional[int], typer.Option(help="Show this sample.")] = None,  # noqa: UP045
+    png: Annotated[Optional[Path], typer.Option(help="Draw the sample into this file.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.
+
+    Example: `medgpt inspect data/align --verify`
+    """
+    from megatron_medgpt.data.inspect import inspect as inspect_dataset
+
+    typer.echo(inspect_dataset(dataset, check=verify, sample=sample, png=png, as_json=json))
+
+
+@app.command(context_settings={"allow_extra_args": False})
+def train(
+    run: Annotated[str, typer.Argument(help="A recipe's name or a run.yaml.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.field=value ...")] = None,  # noqa: UP045
+    nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and data; one step a stage.")] = False,
+) -> None:
+    """Train a run: all of its stages, from the newest whole checkpoint if there is one.
+
+    Example: `medgpt train tiny-demo out=runs/a stages.align.num_steps=50 --nproc 2`
+
+    The same line works under torchrun and srun, which then set the number of ranks.
+    """
+    from megatron_medgpt.train.command import run_train
+
+    raise typer.Exit(run_train(run, overrides or [], num_ranks=nproc, dry_run=dry_run))
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="omnimedvqa, phantoms, vqa-rad, slake, pathvqa, pmc-vqa ...")],
+    data: Annotated[Path, typer.Option(help="The task's folder.")],
+    out: Out,
+    checkpoint: Annotated[Optional[Path], typer.Option(help="A Megatron checkpoint or a run folder.")] = None,  # noqa: UP045
+    hf: Annotated[Optional[Path], typer.Option(help="A Hugging Face folder.")] = None,  # noqa: UP045
+    endpoint: Annotated[Optional[str], typer.Option(help="An OpenAI-compatible URL.")] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[Path], typer.Option(help="Of the checkpoint; its run folder's by default.")] = None,  # noqa: UP045
+    protocol: Annotated[str, typer.Option(help="chat-likelihood, official-prefix, official-qa or letter.")] = (
+        "chat-likelihood"
+    ),
+    limit: Annotated[Optional[int], typer.Option(help="Only N questions, evenly spread.")] = None,  # noqa: UP045
+    controls: Annotated[bool, typer.Option(help="Also ask with a blank and with a shuffled image.")] = True,
+    nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
+    tensor: Annotated[int, typer.Option(help="Tensor-parallel degree for a checkpoint.")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Pipeline-parallel degree for a checkpoint.")] = 1,
+    expert: Annotated[int, typer.Option(help="Expert-parallel degree for a checkpoint.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Positions of an evaluation row.")] = 1024,
+) -> None:
+    """Ask a model the questions of a task and score its answers under a named protocol.
+
+    Example: `medgpt eval omnimedvqa --data OmniMedVQA --checkpoint runs/a --out runs/a/eval/omnimedvqa.json`
+    """
+    from megatron_medgpt.config.schema import ParallelConfig
+    from megatron_medgpt.evaluate.run import evaluate_model
+
+    code = evaluate_model(
+        task,
+        data=data,
+        out=out,
+        arguments=sys.argv[1:],
+        checkpoint=checkpoint,
+        hf=hf,
+        endpoint=endpoint,
+        tokenizer=tokenizer,
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert),
+        protocol=protocol,
+        limit=limit,
+        controls=controls,
+        num_ranks=nproc,
+        sequence_length=sequence_length,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="As for `medgpt eval`.")],
+    data: Annotated[Path, typer.Option(help="The task's folder.")],
+    predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "prediction"}.')],
+    out: Out,
+    protocol: Annotated[str, typer.Option(help="official-qa, letter or short-answer.")] = "letter",
+) -> None:
+    """Score predictions that any model has made.
+
+    Example: `medgpt score omnimedvqa --data OmniMedVQA --predictions answers.jsonl --out score.json`
+    """
+    from megatron_medgpt.evaluate.score import score as score_predictions
+
+    result = score_predictions(task, data, predictions, protocol, out)
+    typer.echo(f"{result['correct']}/{result['n']} = {result['accuracy']:.4f}; written to {out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write RUN/report.html: one static page with curves, tables and sample pictures.
+
+    Example: `medgpt report runs/a`
+    """
+    from megatron_medgpt.observe.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = dict(text.partition("=")[::2] for text in texts)
+    for key, value in pairs.items():
+        if not key or not value:
+            raise UsageError(f"--map {key}={value}: expected k=column, e.g. image=Figure_path")
+    return pairs
+
+
+def main() -> None:
+    """Entry point: an expected error is one line on stderr and its exit code, never a traceback."""
+    try:
+        app()
+    except MedgptError as error:
+        if os.environ.get("MEDGPT_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        if isinstance(error, UsageError):
+            if rank == "0":  # every rank has found the same
+                print(f"medgpt: error: {error}", file=sys.stderr, flush=True)
+        else:
+            at = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+            print(f"medgpt: {at}failed: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

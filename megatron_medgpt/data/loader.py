@@ -1,0 +1,290 @@
+"""The data of a stage: rows by number, and a thread that prepares the next ones.
+
+A row's number counts through all epochs and all data-parallel ranks, so position is one integer, any number of ranks
+sees one global order, and resuming is asking for the next number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.schema import BlendConfig
+from megatron_medgpt.data.collate import Document, RowShape, collate
+from megatron_medgpt.data.mix import Member, draw_epoch, whole_passes
+from megatron_medgpt.data.pack import EpochPlan, plan_epoch
+from megatron_medgpt.data.pixels import PixelSource, Reader
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.square import pad_rgb
+from megatron_medgpt.types import ImageSpec, MedBatch
+
+log = logging.getLogger(__name__)
+PLAN_VERSION = 1
+"""Raised whenever the same inputs would give another order."""
+_PLANS_KEPT = 2
+
+T = TypeVar("T")
+
+
+def open_stage(
+    blend: Sequence[BlendConfig],
+    *,
+    tokenizer_fingerprint: str | None,
+    image: ImageSpec | None,
+    sequence_length: int,
+    seed: int,
+    reader: Reader = "auto",
+    drop_over_long: bool = False,
+    cache_bytes: int = 1 << 29,
+) -> StageData:
+    """Open the datasets of a stage.
+
+    Args:
+        image: what the encoder wants; None for stages without images.
+        drop_over_long: leave out samples that do not fit a row (counted in ``num_over_long``) rather than refuse them.
+        cache_bytes: memory for ready 8-bit images of this process.
+
+    Raises:
+        UsageError: a folder is no dataset, of another tokenizer, stored for another encoder, or has samples that do
+            not fit a row.
+        WorkError: a dataset is damaged.
+    """
+    datasets = [Dataset(entry.path, tokenizer_fingerprint=tokenizer_fingerprint) for entry in blend]
+    return StageData(
+        datasets, [entry.weight for entry in blend], image=image, sequence_length=sequence_length, seed=seed,
+        reader=reader, drop_over_long=drop_over_long, cache_bytes=cache_bytes,
+    )  # fmt: skip
+
+
+class StageData:
+    """Random access to the packed rows of a stage. Made by ``open_stage``."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        *,
+        image: ImageSpec | None,
+        sequence_length: int,
+        seed: int,
+        reader: Reader,
+        drop_over_long: bool,
+        cache_bytes: int,
+    ) -> None:
+        self._datasets = datasets
+        self.sequence_length, self.seed, self.image = sequence_length, seed, image
+        self._check_images(image)
+        tokens_per_image = image.num_tokens if image else 1
+        made_by = datasets[0].manifest.tokenizer
+        if any(dataset.manifest.tokenizer != made_by for dataset in datasets):
+            raise UsageError("the datasets of a stage were made by different tokenizers; ingest them with one")
+        self.vocab_size: int = made_by["vocab_size"]
+        self.shape = RowShape(
+            sequence_length=sequence_length, image_mark_id=made_by["image_mark_id"], pad_id=made_by["pad_id"],
+            tokens_per_image=tokens_per_image,
+        )  # fmt: skip
+        self._lengths = np.concatenate(
+            [d.token_lengths + d.num_images * np.int32(tokens_per_image - 1) for d in datasets]
+        )
+        self._firsts = np.cumsum([0, *map(len, datasets)])
+        self._members = [
+            Member(fingerprint=d.fingerprint, num_samples=len(d), weight=w) for d, w in zip(datasets, weights)
+        ]
+        self.num_over_long = self._check_lengths(drop_over_long)
+        self.plan_hash = self._hash(drop_over_long)
+        self._plans: dict[int, EpochPlan] = {}
+        self._lock = threading.Lock()
+        self._first_rows = [0]  # first row of each epoch known so far
+        self.num_rows_per_epoch = self._plan(0).num_rows
+        """Rows of epoch 0; every epoch has as many when the weights are whole numbers."""
+        if self.num_rows_per_epoch == 0:
+            raise UsageError("no sample is left for this stage; raise the weights of its data or sequence_length")
+        self.pixels = PixelSource(image, reader, cache_bytes) if image else None
+
+    def _check_images(self, image: ImageSpec | None) -> None:
+        for dataset in self._datasets:
+            store = dataset.manifest.store
+            if image is None and dataset.manifest.num_images:
+                raise UsageError(f"{dataset.folder} has images and the stage has no encoder; use a dataset without")
+            if image and store.kind == "pixels" and (store.size_px, store.pad_rgb) != (image.size_px, pad_rgb(image)):
+                raise UsageError(
+                    f"{dataset.folder} stores pixels for an encoder of {store.size_px} px padded with {store.pad_rgb}, "
+                    f"this one wants {image.size_px} px padded with {pad_rgb(image)}; ingest with --store encoded"
+                )
+
+    def _check_lengths(self, drop: bool) -> int:
+        self._over_long = self._lengths > self.sequence_length
+        count = int(self._over_long.sum())
+        if not count:
+            return 0
+        longest = int(self._lengths.max())
+        if not drop:
+            raise UsageError(
+                f"{count} of {self._lengths.size} samples do not fit sequence_length={self.sequence_length} "
+                f"(longest {longest}); set sequence_length to {longest} or leave them out with drop_over_long"
+            )
+        log.warning("%d of %d samples are longer than %d and left out", count, self._lengths.size, self.sequence_length)
+        return count
+
+    def _hash(self, drop: bool) -> str:
+        facts = {
+            "version": PLAN_VERSION, "members": [asdict(m) for m in self._members], "seed": self.seed,
+            "sequence_length": self.sequence_length, "tokens_per_image": self.shape.tokens_per_image, "drop": drop,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        with self._lock:
+            plan = self._plans.get(epoch)
+            if plan is None:
+                drawn = draw_epoch(self._members, self.seed, epoch)
+                drawn = drawn[~self._over_long[drawn]]
+                plan = plan_epoch(drawn, self._lengths, self.sequence_length, self.seed, epoch)
+                while len(self._plans) >= _PLANS_KEPT:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[epoch] = plan
+            return plan
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(epoch, row of that epoch) of a global row number."""
+        if whole_passes(self._members):
+            return divmod(row, self.num_rows_per_epoch)
+        while self._first_rows[-1] <= row:
+            self._first_rows.append(self._first_rows[-1] + self._plan(len(self._first_rows) - 1).num_rows)
+        epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return epoch, row - self._first_rows[epoch]
+
+    def samples_of(self, row: int) -> list[int]:
+        """Numbers (through the blend) of the samples in a global row, in order."""
+        epoch, inside = self.locate(row)
+        return self._plan(epoch).row(inside).tolist()
+
+    def _document(self, sample: int) -> Document:
+        number = int(np.searchsorted(self._firsts, sample, side="right")) - 1
+        stored = self._datasets[number][sample - int(self._firsts[number])]
+        keys = tuple((number, *key) for key in stored.image_keys)
+        return Document(stored.token_ids, stored.target_spans_flat, keys, stored.modality, stored.sample_id)
+
+    def _fetch(self, key: Hashable) -> tuple[str, np.ndarray]:
+        number, shard, image = key
+        dataset = self._datasets[number]
+        return dataset.manifest.store.kind, dataset.image((shard, image))
+
+    def _read(self, keys: list[Hashable]) -> Tensor:
+        return self.pixels.read(keys, self._fetch)
+
+    def take(
+        self, first_row: int, num_rows: int, *, keep: tuple[int, int] | None = None, with_pixels: bool = True
+    ) -> MedBatch:
+        """Rows ``first_row .. first_row + num_rows - 1`` as one micro-batch, on the CPU.
+
+        Row numbers are global and unbounded. The same numbers give the same batch for ever (see ``plan_hash``).
+
+        Args:
+            keep: positions ``[first, end)`` of the sequence that this tensor-parallel rank owns: only images that
+                reach into them are decoded and listed.
+            with_pixels: False on ranks without a vision encoder: no pixels, no spans.
+
+        Raises:
+            WorkError: a shard is damaged.
+        """
+        rows = [[self._document(s) for s in self.samples_of(row)] for row in range(first_row, first_row + num_rows)]
+        read = self._read if with_pixels and self.pixels is not None else None
+        return collate(rows, self.shape, keep=keep, pixels=read)
+
+    def sample_ids(self, first_row: int, num_rows: int) -> list[str]:
+        """Opaque ids of the samples of some rows, without laying them out: what ``chain`` takes."""
+        ids = []
+        for row in range(first_row, first_row + num_rows):
+            for sample in self.samples_of(row):
+                number = int(np.searchsorted(self._firsts, sample, side="right")) - 1
+                ids.append(self._datasets[number].sample_id(sample - int(self._firsts[number])))
+        return ids
+
+    def describe(self) -> dict[str, float | int | str | list[str]]:
+        """Facts for logs and ``--dry-run``."""
+        plan = self._plan(0)
+        used = int(self._lengths[plan.samples].sum())
+        return {
+            "datasets": [Path(d.folder).name for d in self._datasets], "samples_per_epoch": int(plan.samples.size),
+            "rows_per_epoch": plan.num_rows, "positions_per_epoch": used,
+            "packing_efficiency": used / (plan.num_rows * self.sequence_length), "over_long": self.num_over_long,
+        }  # fmt: skip
+
+
+def chain(previous: str, sample_ids: Iterable[str]) -> str:
+    """The next link of the hash chain over all samples seen: proof that nothing was lost or repeated.
+
+    ``chain(chain(p, a), b) == chain(p, a + b)``, so the link does not depend on the sizes of batches.
+    """
+    link = bytes.fromhex(previous) if previous else b""
+    for sample_id in sample_ids:
+        link = hashlib.sha256(link + sample_id.encode()).digest()
+    return link.hex()
+
+
+class Prefetcher(Generic[T]):
+    """Runs requests in a background thread, at most ``depth`` ahead, and gives their results in order.
+
+    ``Prefetcher(lambda r: stage.take(*r), requests)``; an error in the thread is raised where its result is asked for.
+    Use it in a ``with`` block, or call ``close``.
+    """
+
+    def __init__(self, work: Callable[..., T], requests: Iterable, depth: int = 2) -> None:
+        self._results: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(work, requests), daemon=True, name="prefetch")
+        self._thread.start()
+
+    def _run(self, work: Callable[..., T], requests: Iterable) -> None:
+        try:
+            for request in requests:
+                if not self._put((work(request), None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # handed to the thread that waits for the result
+            self._put((None, error))
+
+    def _put(self, result: tuple) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._results.put(result, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
+        result, error = self._results.get()
+        if error is not None:
+            self.close()
+            raise error
+        return result
+
+    def close(self) -> None:
+        """Stop the thread; results that were ready are dropped."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)
+
+    def __enter__(self) -> Prefetcher[T]:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,173 @@
+"""dataset.json: what a dataset folder holds, with the size and sha256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+
+SCHEMA = 1
+STORE_KINDS = {"encoded": 1, "pixels": 2}
+MANIFEST = "dataset.json"
+TOKENIZER = "tokenizer.json"
+"""A copy of the tokenizer that made the token ids, so that a dataset can be read on its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """How images lie in a dataset. ``size_px`` and ``pad_rgb`` say how pixel records were made ready; 0 for encoded."""
+
+    kind: str = "encoded"
+    size_px: int = 0
+    pad_rgb: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """One shard in dataset.json."""
+
+    name: str
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    num_targets: int
+    modalities: dict[str, int]
+    files: dict[str, dict[str, Any]]
+    """File name -> {"bytes", "sha256"}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """dataset.json."""
+
+    schema: int = SCHEMA
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    """Text tokens, an image counted as one mark."""
+    num_targets: int
+    modalities: dict[str, int]
+    tokenizer: dict[str, Any]
+    """{"sha256", "vocab_size", "image_mark_id"} of the tokenizer that made the token ids."""
+    store: Store
+    shards: tuple[ShardFacts, ...]
+    num_records: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    """Reason -> count. Records that came in = samples + rejects, always."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside its place, flush it, then move it there."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_manifest(
+    folder: Path,
+    shards: Sequence[ShardFacts],
+    *,
+    tokenizer: dict[str, Any],
+    store: Store,
+    num_records: int,
+    rejects: dict[str, int],
+    provenance: dict[str, Any],
+) -> Manifest:
+    """Write dataset.json, the last file of a dataset: without it the folder is not one."""
+    modalities: dict[str, int] = {}
+    for shard in shards:
+        for name, count in shard.modalities.items():
+            modalities[name] = modalities.get(name, 0) + count
+    manifest = Manifest(
+        num_samples=sum(s.num_samples for s in shards), num_images=sum(s.num_images for s in shards),
+        num_tokens=sum(s.num_tokens for s in shards), num_targets=sum(s.num_targets for s in shards),
+        modalities=dict(sorted(modalities.items())), tokenizer=tokenizer, store=store, shards=tuple(shards),
+        num_records=num_records, rejects=dict(sorted(rejects.items())), provenance=provenance,
+    )  # fmt: skip
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """dataset.json and its sha256.
+
+    Raises:
+        UsageError: the folder is not a dataset, or of another schema.
+        WorkError: dataset.json is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a dataset: it has no {MANIFEST}; make one with medgpt ingest")
+    try:
+        content = path.read_bytes()
+        raw = json.loads(content)
+        if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
+            raise UsageError(f"{folder} has schema {raw.get('schema')!r}, this version reads {SCHEMA}; ingest it again")
+        shards = tuple(ShardFacts(**shard) for shard in raw.pop("shards"))
+        store = raw.pop("store")
+        manifest = Manifest(**raw, shards=shards, store=Store(**{**store, "pad_rgb": tuple(store["pad_rgb"])}))
+        _check(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WorkError(f"{path} is damaged ({error}); restore it or ingest again") from error
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def _check(manifest: Manifest) -> None:
+    """Types, file names and sums of a manifest. A name in it is never a path.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    tokenizer, store = manifest.tokenizer, manifest.store
+    numbers = [tokenizer["vocab_size"], tokenizer["image_mark_id"], tokenizer["pad_id"], store.size_px, *store.pad_rgb]
+    if not isinstance(tokenizer["sha256"], str) or store.kind not in STORE_KINDS or len(store.pad_rgb) != 3:
+        raise ValueError("tokenizer or store is not as it should be")
+    for number, shard in enumerate(manifest.shards):
+        suffixes = (["text.bin", "text.idx", "ids"] if shard.num_samples else []) + (
+            ["image.bin", "image.idx"] if shard.num_images else []
+        )
+        if not re.fullmatch(r"shard-[0-9]{5}", shard.name) or set(shard.files) != {
+            f"{shard.name}.{s}" for s in suffixes
+        }:
+            raise ValueError(f"shard {number} has unexpected file names")
+        if not all(isinstance(entry["sha256"], str) for entry in shard.files.values()):
+            raise ValueError(f"shard {number} has a sha256 that is no text")
+        numbers += [entry["bytes"] for entry in shard.files.values()] + list(shard.modalities.values())
+    for field_name in ("num_samples", "num_images", "num_tokens", "num_targets"):
+        counts = [getattr(shard, field_name) for shard in manifest.shards]
+        numbers += [*counts, getattr(manifest, field_name)]
+        if sum(counts) != getattr(manifest, field_name):
+            raise ValueError(f"{field_name} is not the sum over the shards")
+    numbers += [manifest.num_records, *manifest.modalities.values(), *manifest.rejects.values()]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a count is not a whole number")
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        raise ValueError("a shard is listed twice")

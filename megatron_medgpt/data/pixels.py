@@ -1,0 +1,141 @@
+"""Stored images to the pixels an encoder wants, and the cache that makes later epochs free of decoding.
+
+One definition for training, evaluation and export: decode to 8-bit RGB, pad to a centred square with the encoder's mean
+colour, resize with antialiased bicubic, round to 8 bits, scale and normalise. That is transformers'
+``LlavaImageProcessor`` with ``do_pad`` (never a centre crop: it cuts the sides off wide images).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.data.shards import unpack_pixels
+from megatron_medgpt.data.square import pad_rgb, square
+from megatron_medgpt.types import ImageSpec
+
+READERS = ("auto", "dali", "pillow")
+Reader = Literal["auto", "dali", "pillow"]
+
+
+class Decoder(Protocol):
+    """Turns encoded images into square 8-bit pixels."""
+
+    def decode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 (I, size, size, 3) of I encoded images (uint8 arrays of JPEG or PNG bytes).
+
+        Raises:
+            WorkError: an image that ingest verified does not decode: the shard is damaged.
+        """
+        ...
+
+
+class PillowDecoder:
+    """The reference decoder, one image at a time on one core."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        self._spec = spec
+
+    def decode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        size = self._spec.size_px
+        out = np.empty((len(images), size, size, 3), np.uint8)
+        for number, encoded in enumerate(images):
+            try:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                    out[number] = square(image, size, pad_rgb(self._spec))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise WorkError(
+                    f"a stored image does not decode ({type(error).__name__}); run medgpt inspect --verify"
+                ) from error
+        return out
+
+
+def make_decoder(reader: Reader, spec: ImageSpec) -> Decoder:
+    """The decoder of a run. ``auto`` is DALI where it is installed, else Pillow.
+
+    Raises:
+        UsageError: unknown name, or ``dali`` where DALI is not installed.
+    """
+    if reader not in READERS:
+        raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(READERS)}")
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if reader == "dali" and not installed:
+        raise UsageError("image_reader=dali, but DALI is not installed; pip install '.[dali]', or set auto or pillow")
+    if reader == "pillow" or not installed:
+        return PillowDecoder(spec)
+    from megatron_medgpt.data.dali import DaliDecoder
+
+    return DaliDecoder(spec)
+
+
+class PixelSource:
+    """Pixels of stored images, by key. Ready 8-bit squares are kept up to ``cache_bytes`` in the order they come.
+
+    Nothing is thrown out when the cache is full: every image is wanted once an epoch, in a new order, so an image that
+    stays serves as often as any that could take its place.
+    """
+
+    def __init__(self, spec: ImageSpec, reader: Reader = "auto", cache_bytes: int = 1 << 29) -> None:
+        self.spec = spec
+        self._reader: Reader = reader
+        self._decoder: Decoder | None = None
+        self._cache: dict[Hashable, np.ndarray] = {}
+        self._free_images = cache_bytes // (3 * spec.size_px**2)
+        scale = 1 / (255 * np.asarray(spec.std, np.float64))
+        shift = -np.asarray(spec.mean, np.float64) / np.asarray(spec.std, np.float64)
+        self._scale_C = torch.from_numpy(scale.astype(np.float32))
+        self._shift_C = torch.from_numpy(shift.astype(np.float32))
+        if reader not in READERS:
+            raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(READERS)}")
+
+    def read(self, keys: Sequence[Hashable], fetch: Callable[[Hashable], tuple[str, np.ndarray]]) -> Tensor:
+        """float32 (I, 3, size, size), normalised, contiguous.
+
+        Args:
+            keys: identities of the images; equal keys are equal images for ever.
+            fetch: gives (store kind, uint8 record) of a key that is not in the cache.
+
+        Raises:
+            WorkError: a stored image does not decode.
+        """
+        size = self.spec.size_px
+        squares_IYXC = np.empty((len(keys), size, size, 3), np.uint8)
+        missing: list[int] = []
+        encoded: list[np.ndarray] = []
+        for place, key in enumerate(keys):
+            ready = self._cache.get(key)
+            if ready is None:
+                kind, record = fetch(key)
+                if kind == "encoded":
+                    missing.append(place)
+                    encoded.append(record)
+                    continue
+                ready = unpack_pixels(record)
+            squares_IYXC[place] = ready
+        if encoded:
+            if self._decoder is None:
+                self._decoder = make_decoder(self._reader, self.spec)
+            squares_IYXC[missing] = self._decoder.decode(encoded)
+            for place in missing[: max(0, self._free_images)]:
+                if keys[place] not in self._cache:
+                    self._cache[keys[place]] = squares_IYXC[place].copy()
+                    self._free_images -= 1
+        return self.normalise(squares_IYXC)
+
+    def normalise(self, squares_IYXC: np.ndarray) -> Tensor:
+        """float32 (I, 3, size, size) of uint8 squares."""
+        scaled = torch.from_numpy(squares_IYXC).float().mul_(self._scale_C).add_(self._shift_C)
+        return scaled.permute(0, 3, 1, 2).contiguous()
+
+    @property
+    def decoder_name(self) -> str:
+        """Name for logs; ``none yet`` before the first image was decoded."""
+        return "none yet" if self._decoder is None else type(self._decoder).__name__.removesuffix("Decoder").lower()

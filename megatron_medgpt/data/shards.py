@@ -1,0 +1,282 @@
+"""Dataset folders: the format of ARCHITECTURE 5.6, its writer, reader and verifier.
+
+    dataset.json                 counts, tokenizer fingerprint, store, shards with size and sha256 of every file
+    shard-NNNNN.text.{bin,idx}   int32, one document of three sequences per sample:
+                                 token ids | target spans as start, end, start, end ... |
+                                 [modality, number of images, first image of the sample in this shard, store kind]
+    shard-NNNNN.image.{bin,idx}  uint8, one sequence per image: JPEG or PNG bytes, or a pixel record (see pack_pixels)
+    shard-NNNNN.ids              33 bytes per sample: 32 hexadecimal digits and a line feed
+    rejects.jsonl                what was refused and why, by record number
+    tokenizer.json               a copy of the tokenizer that made the token ids
+
+An empty .bin cannot be memory-mapped, so a shard without images has no image files, and one without samples no files.
+Several samples may name the same image. Everything here is numpy and files: no torch, no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.data.index import IndexedFile, IndexedWriter
+from megatron_medgpt.data.manifest import (
+    MANIFEST,
+    STORE_KINDS,
+    TOKENIZER,
+    Manifest,
+    ShardFacts,
+    Store,
+    read_manifest,
+    sha256_of,
+    shard_name,
+)
+from megatron_medgpt.types import MODALITIES
+
+_ID_BYTES = 33
+_PIXEL_HEADER = struct.Struct("<4sHHB3x")
+_PIXEL_MAGIC = b"MGPX"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredSample:
+    """One sample as it lies in a shard; arrays are read-only views of the file."""
+
+    token_ids: np.ndarray
+    target_spans_flat: np.ndarray
+    modality: int
+    image_keys: tuple[tuple[int, int], ...]
+    """(shard, image in the shard), one per image mark."""
+    sample_id: str
+
+
+def pack_pixels(pixels_YXC: np.ndarray) -> bytes:
+    """A pixel record: ``MGPX``, uint16 rows, uint16 columns, uint8 channels, 3 zero bytes, then the uint8 pixels."""
+    rows, columns, channels = pixels_YXC.shape
+    return _PIXEL_HEADER.pack(_PIXEL_MAGIC, rows, columns, channels) + np.ascontiguousarray(pixels_YXC).tobytes()
+
+
+def unpack_pixels(record: np.ndarray) -> np.ndarray:
+    """uint8 (rows, columns, channels) of a pixel record, without a copy.
+
+    Raises:
+        WorkError: not a pixel record, or its size does not fit its header.
+    """
+    magic, rows, columns, channels = (
+        _PIXEL_HEADER.unpack_from(record) if record.size >= _PIXEL_HEADER.size else (b"", 0, 0, 0)
+    )
+    if magic != _PIXEL_MAGIC or record.size != _PIXEL_HEADER.size + rows * columns * channels:
+        raise WorkError("a stored image is not a pixel record; the shard is damaged, run medgpt inspect --verify")
+    return record[_PIXEL_HEADER.size :].reshape(rows, columns, channels)
+
+
+class ShardWriter:
+    """Writes one shard: into hidden files first; ``close`` reads them back, then moves them to their names."""
+
+    def __init__(self, folder: Path, number: int, store: Store) -> None:
+        self.folder, self.name, self.store = folder, shard_name(number), store
+        self._prefix = folder / f".{self.name}"
+        self._text = IndexedWriter(Path(f"{self._prefix}.text"), "int32")
+        self._image = IndexedWriter(Path(f"{self._prefix}.image"), "uint8")
+        self._ids: list[str] = []
+        self._num_tokens = self._num_targets = 0
+        self._modalities: dict[str, int] = {}
+
+    def add_images(self, images: Sequence[bytes]) -> int:
+        """Append images (encoded bytes or pixel records) and return the number of the first in this shard."""
+        first = self._image.num_sequences
+        for image in images:
+            self._image.add(image)
+            self._image.end_document()
+        return first
+
+    def add_sample(
+        self,
+        *,
+        sample_id: str,
+        token_ids: np.ndarray,
+        target_spans: Sequence[tuple[int, int]],
+        modality: int,
+        num_images: int,
+        first_image: int,
+    ) -> None:
+        """Append one sample whose images ``add_images`` has written. ``sample_id``: 32 hexadecimal digits."""
+        self._text.add(token_ids)
+        self._text.add(np.asarray(target_spans, np.int32).reshape(-1))
+        self._text.add(np.asarray([modality, num_images, first_image, STORE_KINDS[self.store.kind]], np.int32))
+        self._text.end_document()
+        self._ids.append(f"{sample_id:>032s}\n")
+        self._num_tokens += len(token_ids)
+        self._num_targets += sum(end - start for start, end in target_spans)
+        self._modalities[MODALITIES[modality]] = self._modalities.get(MODALITIES[modality], 0) + 1
+
+    def close(self) -> ShardFacts:
+        """Complete the shard and return its entry for the manifest."""
+        num_images = self._image.num_sequences
+        self._text.close()
+        self._image.close()
+        with open(f"{self._prefix}.ids", "w", encoding="ascii") as file:
+            file.writelines(self._ids)
+            file.flush()
+            os.fsync(file.fileno())
+        kept = (["text.bin", "text.idx", "ids"] if self._ids else []) + (
+            ["image.bin", "image.idx"] if num_images else []
+        )
+        if self._ids:
+            IndexedFile(Path(f"{self._prefix}.text"), "int32")
+        if num_images:
+            IndexedFile(Path(f"{self._prefix}.image"), "uint8")
+        files = {}
+        for suffix in ("text.bin", "text.idx", "ids", "image.bin", "image.idx"):
+            partial = Path(f"{self._prefix}.{suffix}")
+            if suffix in kept:
+                files[f"{self.name}.{suffix}"] = {"bytes": partial.stat().st_size, "sha256": sha256_of(partial)}
+                os.replace(partial, self.folder / f"{self.name}.{suffix}")
+            else:
+                partial.unlink()
+        return ShardFacts(
+            name=self.name, num_samples=len(self._ids), num_images=num_images, num_tokens=self._num_tokens,
+            num_targets=self._num_targets, modalities=dict(sorted(self._modalities.items())), files=files,
+        )  # fmt: skip
+
+
+class _Shard:
+    """One open shard."""
+
+    def __init__(self, folder: Path, facts: ShardFacts) -> None:
+        for name, expected in facts.files.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != expected["bytes"]:
+                state = "is missing" if found is None else f"has {found} bytes, not {expected['bytes']}"
+                raise WorkError(f"{folder.name}/{name} {state}; restore it or ingest again")
+        self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
+        self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
+        self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r")
+        self._check(facts, folder)
+        self.num_images = self._meta(1)
+        self.token_lengths = self.text.lengths[0::3]
+
+    def _check(self, facts: ShardFacts, folder: Path) -> None:
+        at = f"{folder.name}/{facts.name}"
+        whole = (
+            len(self.text) == 3 * facts.num_samples
+            and np.array_equal(self.text.boundaries, np.arange(0, len(self.text) + 1, 3))
+            and len(self.ids) == facts.num_samples
+            and (0 if self.image is None else len(self.image)) == facts.num_images
+            and (self.text.lengths[2::3] == 4).all()
+            and (self.text.lengths[1::3] % 2 == 0).all()
+        )
+        if not whole:
+            raise WorkError(f"{at}: its samples are not token ids, target spans and facts; restore it or ingest again")
+        modality, count, first = self._meta(0), self._meta(1), self._meta(2)
+        if (
+            ((modality < 0) | (modality >= len(MODALITIES))).any()
+            or ((count < 0) | (first < 0)).any()
+            or (first.astype(np.int64) + count > facts.num_images).any()
+        ):
+            raise WorkError(f"{at}: a sample names an image or modality that is not there; restore it or ingest again")
+
+    def _meta(self, which: int) -> np.ndarray:
+        return self.text.items[self.text.pointers[2::3] // 4 + which]
+
+
+class Dataset:
+    """An open dataset folder with random access. Opening checks sizes and structure, not contents (``verify`` does).
+
+    Raises:
+        UsageError: not a dataset, no samples, or made by another tokenizer.
+        WorkError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path, *, tokenizer_fingerprint: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest, self.fingerprint = read_manifest(self.folder)
+        made_by = self.manifest.tokenizer["sha256"]
+        if tokenizer_fingerprint is not None and made_by != tokenizer_fingerprint:
+            raise UsageError(
+                f"{folder} was made by tokenizer {made_by[:12]}, the run's is {tokenizer_fingerprint[:12]}; "
+                "set tokenizer to the one it was made with, or ingest it again"
+            )
+        if self.manifest.num_samples == 0:
+            raise UsageError(f"{folder} holds no samples ({self.manifest.num_records} records, all rejected)")
+        self._shards = [_Shard(self.folder, facts) if facts.num_samples else None for facts in self.manifest.shards]
+        self._firsts = np.cumsum([0, *(facts.num_samples for facts in self.manifest.shards)])
+        whole = [shard for shard in self._shards if shard is not None]
+        self.token_lengths = np.concatenate([shard.token_lengths for shard in whole])
+        """int32 (samples,): tokens of each sample, an image counted as one."""
+        self.num_images = np.concatenate([shard.num_images for shard in whole])
+        """int32 (samples,): images of each sample."""
+        self.image_mark_id: int = self.manifest.tokenizer["image_mark_id"]
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def _locate(self, number: int) -> tuple[int, _Shard, int]:
+        shard = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return shard, self._shards[shard], number - int(self._firsts[shard])
+
+    def __getitem__(self, number: int) -> StoredSample:
+        number_of_shard, shard, row = self._locate(number)
+        modality, num_images, first, _ = shard.text[3 * row + 2].tolist()
+        keys = tuple((number_of_shard, first + k) for k in range(num_images))
+        return StoredSample(
+            shard.text[3 * row], shard.text[3 * row + 1], modality, keys, bytes(shard.ids[row]).decode("ascii").strip()
+        )
+
+    def image(self, key: tuple[int, int]) -> np.ndarray:
+        """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""
+        return self._shards[key[0]].image[key[1]]
+
+    def sample_id(self, number: int) -> str:
+        _, shard, row = self._locate(number)
+        return bytes(shard.ids[row]).decode("ascii").strip()
+
+
+def verify(folder: str | Path) -> Iterator[str]:
+    """Read every byte of a dataset and yield one line per fault: hashes, then the meaning of every sample.
+
+    An empty iteration is a whole dataset. Raises as ``Dataset`` does where it cannot even be opened.
+    """
+    folder = Path(folder)
+    manifest, _ = read_manifest(folder)
+    faults = 0
+    for facts in manifest.shards:
+        for name, expected in facts.files.items():
+            path = folder / name
+            if not path.is_file():
+                faults += 1
+                yield f"{name} is missing"
+            elif sha256_of(path) != expected["sha256"]:
+                faults += 1
+                yield f"{name} does not have the sha256 of {MANIFEST}"
+    copy = folder / TOKENIZER
+    if copy.is_file() and sha256_of(copy) != manifest.tokenizer["sha256"]:
+        faults += 1
+        yield f"{TOKENIZER} is not the tokenizer of {MANIFEST}"
+    if faults:
+        return
+    dataset = Dataset(folder)
+    seen: set[str] = set()
+    for number in range(len(dataset)):
+        sample = dataset[number]
+        if sample.sample_id in seen:
+            yield f"sample {number} repeats the id {sample.sample_id}"
+        seen.add(sample.sample_id)
+        yield from _faults_of(sample, number, manifest)
+
+
+def _faults_of(sample: StoredSample, number: int, manifest: Manifest) -> Iterator[str]:
+    ids, spans = sample.token_ids, sample.target_spans_flat
+    if ids.size == 0 or ids.min() < 0 or ids.max() >= manifest.tokenizer["vocab_size"]:
+        yield f"sample {number} has token ids outside the vocabulary of {manifest.tokenizer['vocab_size']}"
+    marks = int((ids == manifest.tokenizer["image_mark_id"]).sum())
+    if marks != len(sample.image_keys):
+        yield f"sample {number} has {marks} image marks and {len(sample.image_keys)} images"
+    if spans.size and (spans[0] < 0 or spans[-1] > ids.size or (np.diff(spans) < 0).any()):
+        yield f"sample {number} has target spans outside its tokens"

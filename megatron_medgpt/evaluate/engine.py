@@ -1,0 +1,198 @@
+"""What answers questions: the interface of the engines, and the two that drive standard servers and folders."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.evaluate.predictions import Prediction
+from megatron_medgpt.evaluate.scorers import GENERATIVE, prompt
+from megatron_medgpt.evaluate.tasks.question import Question
+
+MAX_NEW_TOKENS = 1024
+"""A cap of 64 cut 6,200 of 8,518 answers in one public run of this benchmark; truncations are reported."""
+
+
+class Engine(Protocol):
+    """Answers questions under a protocol, in any order, each as soon as it is known."""
+
+    @property
+    def description(self) -> str:
+        """What answered, for the evaluation file; equal for equal models."""
+
+    def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        """One prediction per question. An answer that failed carries ``error``; it is not left out."""
+
+
+class EndpointEngine:
+    """An OpenAI-compatible server (vLLM's ``/v1/chat/completions``), greedy.
+
+    ``reasoning_effort`` is sent as such (GPT-oss takes low, medium, high). A failing request is tried ``retries`` times
+    with growing pauses; then the question counts as wrong, with the reason.
+    """
+
+    def __init__(
+        self, url: str, *, model: str | None = None, concurrency: int = 16, retries: int = 4, timeout_s: float = 300,
+        max_new_tokens: int = MAX_NEW_TOKENS, reasoning_effort: str | None = None, pause_s: float = 1.0,
+    ) -> None:  # fmt: skip
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--endpoint {url}: must begin with http:// or https://")
+        self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
+        self.concurrency, self.retries, self.timeout_s, self.pause_s = concurrency, retries, timeout_s, pause_s
+        self.max_new_tokens, self.reasoning_effort = max_new_tokens, reasoning_effort
+        self.model = self._served(model)
+
+    @property
+    def description(self) -> str:
+        return f"endpoint {self.url} model {self.model} reasoning_effort {self.reasoning_effort}"
+
+    def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        _require_generative(protocol, "an endpoint")
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            # A bounded window: a killed run then loses at most that many answers, and images are read late.
+            step = 4 * self.concurrency
+            for start in range(0, len(questions), step):
+                yield from pool.map(lambda q: self._answer(q, protocol), questions[start : start + step])
+
+    def _served(self, model: str | None) -> str:
+        """The model to ask for; the server's own name where none is given, refused where it serves others."""
+        served = [entry["id"] for entry in self._call("/models", None)["data"]]
+        if model is None and len(served) == 1:
+            return served[0]
+        if model not in served:
+            raise UsageError(f"--endpoint {self.url} serves {', '.join(served)}, not {model}; name one of them")
+        return model
+
+    def _answer(self, question: Question, protocol: str) -> Prediction:
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt(protocol, question)}]
+        try:
+            if question.image is not None:
+                content.insert(0, {"type": "image_url", "image_url": {"url": data_url(question.image_bytes())}})
+            body: dict[str, Any] = {
+                "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
+                "max_tokens": self.max_new_tokens,
+            }  # fmt: skip
+            if self.reasoning_effort is not None:
+                body["reasoning_effort"] = self.reasoning_effort
+            reply = self._call("/chat/completions", body)
+            if reply.get("model") not in (None, self.model):
+                raise WorkError(f"asked for {self.model}, answered by {reply['model']}")
+            choice = reply["choices"][0]
+            return Prediction(
+                question_id=question.question_id,
+                text=choice["message"]["content"] or "",
+                truncated=choice.get("finish_reason") == "length",
+            )
+        except (UsageError, WorkError, KeyError, IndexError, TypeError) as error:
+            return Prediction(question_id=question.question_id, error=f"{type(error).__name__}: {error}")
+
+    def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        reason = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.pause_s * 2 ** (attempt - 1))
+            request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+                if error.code < 500 and error.code not in (408, 429):
+                    break
+            except (OSError, ValueError) as error:
+                reason = str(error)
+        raise WorkError(f"{self.url}{path} failed {attempt + 1} times, last: {reason}")
+
+
+class HuggingFaceEngine:
+    """A Hugging Face folder of an image-text-to-text model, greedy, through transformers. No remote code is run."""
+
+    def __init__(
+        self, folder: Path | str, *, device: str = "cpu", batch_size: int = 8, max_new_tokens: int = MAX_NEW_TOKENS,
+        reasoning_effort: str | None = None,
+    ) -> None:  # fmt: skip
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.folder, self.batch_size, self.max_new_tokens = Path(folder), batch_size, max_new_tokens
+        self.reasoning_effort = reasoning_effort
+        if not (self.folder / "config.json").is_file():
+            raise UsageError(f"--hf {folder}: no config.json there; give the folder that convert wrote")
+        self._torch = torch
+        self.processor = AutoProcessor.from_pretrained(self.folder)
+        self.processor.tokenizer.padding_side = "left"
+        self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto").to(device).eval()
+
+    @property
+    def description(self) -> str:
+        return f"transformers {self.folder.name} reasoning_effort {self.reasoning_effort}"
+
+    def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        _require_generative(protocol, "a Hugging Face folder")
+        for start in range(0, len(questions), self.batch_size):
+            batch = []
+            for question in questions[start : start + self.batch_size]:
+                try:
+                    batch.append((question, *self._rendered(question, protocol)))
+                except (UsageError, OSError) as error:
+                    yield Prediction(question_id=question.question_id, error=str(error))
+            if batch:
+                yield from self._generate(batch)
+
+    def _rendered(self, question: Question, protocol: str) -> tuple[str, Image.Image | None]:
+        content: list[dict[str, str]] = [{"type": "text", "text": prompt(protocol, question)}]
+        picture = None
+        if question.image is not None:
+            content.insert(0, {"type": "image"})
+            picture = Image.open(io.BytesIO(question.image_bytes())).convert("RGB")
+        settings = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **settings
+        )
+        return text, picture
+
+    def _generate(self, batch: list[tuple[Question, str, Image.Image | None]]) -> Iterator[Prediction]:
+        pictures = [picture for _, _, picture in batch if picture is not None]
+        inputs = self.processor(
+            text=[text for _, text, _ in batch], images=pictures or None, return_tensors="pt", padding=True
+        ).to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with self._torch.inference_mode():
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        for (question, _, _), ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist()):
+            text = self.processor.tokenizer.decode(ids, skip_special_tokens=False)
+            pad = self.processor.tokenizer.pad_token
+            yield Prediction(
+                question_id=question.question_id,
+                text=text.split(pad)[0] if pad else text,
+                truncated=not ends.intersection(ids),
+            )
+
+
+def data_url(image: bytes) -> str:
+    """An image as the ``data:`` URL that chat servers take."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _require_generative(protocol: str, engine: str) -> None:
+    if protocol not in GENERATIVE:
+        raise UsageError(
+            f"protocol {protocol} needs token losses, which {engine} does not give; use --checkpoint, "
+            f"or one of {', '.join(GENERATIVE)}"
+        )

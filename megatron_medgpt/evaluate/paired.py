@@ -1,0 +1,61 @@
+"""Is one run better than another on the same questions? McNemar's exact test on the questions where they differ."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_medgpt.config.errors import UsageError
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided p of the exact test: under no difference each discordant question is a fair coin (McNemar 1947).
+
+    ``only_first`` questions were right in the first run alone, ``only_second`` in the second alone.
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    if n == 0:
+        return 1.0
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewer + 1)
+    ]
+    largest = max(logs)
+    tail = math.exp(largest) * math.fsum(math.exp(value - largest) for value in logs)
+    return min(1.0, 2 * tail)
+
+
+def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> dict[str, Any]:
+    """Paired comparison of two runs, each ``{question_id: right}``.
+
+    Raises:
+        UsageError: the runs did not answer the same questions.
+    """
+    if first.keys() != second.keys():
+        apart = len(first.keys() ^ second.keys())
+        raise UsageError(f"the two runs differ in {apart} questions; a paired test needs the same questions in both")
+    if not first:
+        raise UsageError("the two runs hold no question")
+    only_first = sum(first[key] and not second[key] for key in first)
+    only_second = sum(second[key] and not first[key] for key in first)
+    return {
+        "n": len(first),
+        "only_first": only_first,
+        "only_second": only_second,
+        "difference": round((only_second - only_first) / len(first), 6),
+        "p_value": mcnemar_exact(only_first, only_second),
+    }
+
+
+def read_verdicts(path: Path | str) -> dict[str, bool]:
+    """``{question_id: right}`` of an ``*.items.jsonl`` file that an evaluation wrote beside its result."""
+    verdicts = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            verdicts[str(row["question_id"])] = bool(row["correct"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not an items file of an evaluation ({error})") from None
+    return verdicts

@@ -1,0 +1,37 @@
+"""Evaluation sets by name. ``load_task`` is the door."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.evaluate.tasks.omnimedvqa import load_omnimedvqa
+from megatron_medgpt.evaluate.tasks.question import Task
+from megatron_medgpt.evaluate.tasks.table import load_table
+from megatron_medgpt.evaluate.tasks.vqa import load_path_vqa, load_pmc_vqa, load_slake, load_vqa_rad
+
+TASKS = {
+    "omnimedvqa": load_omnimedvqa,
+    "phantoms": partial(load_omnimedvqa, name="phantoms"),
+    "vqa-rad": load_vqa_rad,
+    "slake": load_slake,
+    "path-vqa": load_path_vqa,
+    "pmc-vqa-v1": partial(load_pmc_vqa, version=1),
+    "pmc-vqa-v2": partial(load_pmc_vqa, version=2),
+    "table": load_table,
+}
+
+
+def load_task(name: str, data_dir: Path | str, *, check_images: bool = True) -> Task:
+    """Read an evaluation set.
+
+    Raises:
+        UsageError: an unknown task, a missing folder, or files that are not the set's.
+    """
+    if name not in TASKS:
+        raise UsageError(f"task {name!r} is unknown; allowed: {', '.join(TASKS)}")
+    folder = Path(data_dir)
+    if not folder.exists():
+        raise UsageError(f"--data {folder}: no such folder")
+    return TASKS[name](folder, check_images=check_images)

@@ -1,0 +1,119 @@
+"""Identity stops here: what may leave a medical file, under which name, and which pictures are held back.
+
+A safety net, not a legal de-identification: ingest copies no header at all; of a file only pixels and modality go on,
+and a record is known afterwards by a keyed hash. A plain hash of an identifier can be reversed by trying all
+identifiers (DICOM PS3.15 Annex E advises against it); the key makes that impossible, so it never lies beside the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from pathlib import Path
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.types import MODALITIES
+
+_KEY_BYTES = 32
+_DICOM_MODALITIES = {
+    "CT": "ct", "MR": "mr", "CR": "xray", "DX": "xray", "RF": "xray", "XA": "xray", "US": "ultrasound",
+    "IVUS": "ultrasound", "OP": "fundus", "OPT": "oct", "SM": "microscopy", "GM": "microscopy", "ES": "endoscopy",
+    "PT": "pet", "MG": "mammography", "XC": "photograph", "DMS": "dermoscopy",
+}  # fmt: skip
+_NAMED_MODALITIES = {
+    "computed": "ct", "ct": "ct", "mri": "mr", "mr": "mr", "magnetic": "mr", "netic": "mr", "xray": "xray",
+    "radiograph": "xray", "ultrasound": "ultrasound", "sonography": "ultrasound", "dermoscopy": "dermoscopy",
+    "fundus": "fundus", "oct": "oct", "microscopy": "microscopy", "histology": "microscopy",
+    "pathology": "microscopy", "endoscopy": "endoscopy", "pet": "pet", "mammography": "mammography",
+    "gross": "photograph", "photograph": "photograph", "figure": "figure",
+}  # fmt: skip
+_BURNS_IN = ("US", "IVUS", "SC", "XC", "ES", "OT")
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_LIKE_AN_IDENTIFIER = re.compile(
+    r"\b(?:\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}-\d{2}-\d{2}|(?:19|20)\d{6}|[A-Z]{0,3}\d{7,})\b"
+)
+
+
+def load_key(path: str | Path | None) -> bytes:
+    """The key of sample ids; made on first use (readable by its owner only).
+
+    Without a path it lies in the user's configuration folder. The same key and records give the same ids.
+
+    Raises:
+        UsageError: the file is not a key, or cannot be made.
+    """
+    file = Path(path) if path else Path.home() / ".config" / "medgpt" / "identity.key"
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                out.write(secrets.token_bytes(_KEY_BYTES))
+        key = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"the identity key {file} cannot be used ({error.strerror}); set --key-file") from error
+    if len(key) < 16:
+        raise UsageError(
+            f"the identity key {file} has {len(key)} bytes, at least 16 are needed; delete it or set another"
+        )
+    return key
+
+
+def sample_id(key: bytes, source_id: str) -> str:
+    """Opaque id of a record: 32 hexadecimal digits of HMAC-SHA256."""
+    return hmac.new(key, source_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+
+def held_back(header: Dataset) -> str:
+    """Why a DICOM picture may show who the patient is, or an empty string.
+
+    Burned-in text is refused where the header says so, and where it says nothing although such pictures usually have it
+    (ultrasound, endoscopy, photographs, secondary captures).
+    """
+    stated = str(header.get("BurnedInAnnotation", "")).upper()
+    if stated == "YES":
+        return "burned-in-text"
+    burns_in = header.get("Modality") in _BURNS_IN or str(header.get("SOPClassUID", "")).startswith(_SECONDARY_CAPTURE)
+    return "burned-in-text-not-ruled-out" if burns_in and stated != "NO" else ""
+
+
+def modality_of_header(header: Dataset) -> int:
+    """Index into ``MODALITIES`` of a DICOM file."""
+    return MODALITIES.index(_DICOM_MODALITIES.get(str(header.get("Modality", "")), "unknown"))
+
+
+def modality_of_name(name: str) -> int:
+    """Index into ``MODALITIES`` of what a table calls a modality, in any of the usual spellings."""
+    words = re.findall(r"[a-z]+", name.lower().replace("x-ray", "xray").replace("_", " "))
+    return MODALITIES.index(next((_NAMED_MODALITIES[word] for word in words if word in _NAMED_MODALITIES), "unknown"))
+
+
+def looks_identifying(text: str) -> bool:
+    """Whether a text holds a date or a long number such as a record number. A hint for a count, not a judgement."""
+    return _LIKE_AN_IDENTIFIER.search(text) is not None
+
+
+def files_by_uid(root: Path, keyword: str) -> dict[str, tuple[str, ...]]:
+    """Relative names of the DICOM images under a folder by a UID of their headers, in order of instance number."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for folder, subfolders, names in os.walk(root, followlinks=False):
+        subfolders.sort()
+        for name in sorted(names):
+            path = Path(folder) / name
+            if not path.is_file():
+                continue
+            try:
+                tags = [keyword, "InstanceNumber", "Rows"]
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            except (InvalidDicomError, OSError, ValueError, EOFError):
+                continue  # other files lie in such trees; a table's row whose file is missing is counted there
+            if keyword in header and "Rows" in header:
+                order = int(header.get("InstanceNumber") or 0)
+                found.setdefault(str(header[keyword].value), []).append((order, str(path.relative_to(root))))
+    return {uid: tuple(name for _, name in sorted(files)) for uid, files in found.items()}

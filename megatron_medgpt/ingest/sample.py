@@ -1,0 +1,31 @@
+"""A record and its decoded images to the tokens of one training sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.ingest.decode import Decoded
+from megatron_medgpt.ingest.identity import modality_of_name, sample_id
+from megatron_medgpt.ingest.sources import Record, RecordError
+from megatron_medgpt.types import Sample
+
+
+def make_sample(
+    record: Record, images: Sequence[Decoded], tokenizer: Tokenizer, *, key: bytes, longest_tokens: int
+) -> Sample:
+    """Tokens, targets, images and an opaque id. The modality is the table's, else the first that a file states.
+
+    Raises:
+        RecordError: the sample is longer than ``longest_tokens`` (an image counted as one), or marks and images differ.
+    """
+    rendered = tokenizer.render(record.turns)
+    if rendered.num_images != len(images):
+        raise RecordError("marks-and-images-differ")
+    if rendered.token_ids.size > longest_tokens:
+        raise RecordError("over-long")
+    modality = modality_of_name(record.modality) or next((image.modality for image in images if image.modality), 0)
+    return Sample(
+        sample_id=sample_id(key, record.source_id), token_ids=rendered.token_ids, target_spans=rendered.target_spans,
+        images=tuple(image.picture.encoded for image in images), modality=modality,
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Records to shards: each shard is the work of one process and depends on nothing but its records.
+
+So any number of workers writes the same bytes, and an ingest that was killed continues with the shards that are
+missing. A finished shard leaves a note (``.shard-NNNNN.json``) with its facts and rejects until the dataset is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.data.manifest import ShardFacts, Store, shard_name, write_json
+from megatron_medgpt.data.picture import Picture, PictureError, read_capped, resolve_inside
+from megatron_medgpt.data.shards import ShardWriter, pack_pixels
+from megatron_medgpt.data.square import square
+from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.ingest.decode import Decoded, decode
+from megatron_medgpt.ingest.identity import looks_identifying
+from megatron_medgpt.ingest.sample import make_sample
+from megatron_medgpt.ingest.sources import Record, RecordError
+
+_FORGOTTEN = Picture(b"", 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a worker must know. Everything that changes the bytes of a shard is here."""
+
+    out: Path
+    tokenizer: Path
+    store: Store
+    key: bytes
+    allow_burned_in: bool
+    longest_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One shard: its number, its records, and the folder of each record's images."""
+
+    number: int
+    records: tuple[Record, ...]
+    image_roots: tuple[Path, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A written shard."""
+
+    shard: ShardFacts
+    rejects: tuple[tuple[int, str], ...]
+    """(record number, reason)."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Counts of things a person should know, e.g. texts that look identifying."""
+
+
+def note_path(out: Path, number: int) -> Path:
+    return out / f".{shard_name(number)}.json"
+
+
+def finished_before(out: Path, number: int) -> Finished | None:
+    """The note of a shard that an earlier run completed."""
+    try:
+        raw = json.loads(note_path(out, number).read_text(encoding="utf-8"))
+        shard = ShardFacts(**raw["shard"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    sizes = {name: (out / name).stat().st_size for name in shard.files if (out / name).is_file()}
+    if sizes != {name: entry["bytes"] for name, entry in shard.files.items()}:
+        return None
+    return Finished(shard=shard, rejects=tuple((n, r) for n, r in raw["rejects"]), notes=raw["notes"])
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def write_shard(settings: Settings, task: Task) -> Finished:
+    """Decode, tokenise and write the records of one shard. Every record becomes a sample or a reject."""
+    writer = ShardWriter(settings.out, task.number, settings.store)
+    first_of: dict[tuple, tuple[int, list[Decoded]]] = {}
+    rejects: list[tuple[int, str]] = []
+    notes: Counter[str] = Counter()
+    for record, root in zip(task.records, task.image_roots, strict=True):
+        try:
+            _write_record(record, root, settings, writer, first_of)
+        except (PictureError, RecordError) as error:
+            rejects.append((record.number, str(error)))
+            continue
+        if any(looks_identifying(turn.text) for turn in record.turns):
+            notes["texts with dates or long numbers"] += 1
+    finished = Finished(shard=writer.close(), rejects=tuple(rejects), notes=dict(notes))
+    write_json(note_path(settings.out, task.number), asdict(finished))
+    return finished
+
+
+def _write_record(record: Record, root: Path, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
+    if record.problem:
+        raise RecordError(record.problem)
+    names = (root, *record.images)
+    known = first_of.get(names) if record.images else None
+    images = known[1] if known else [_read(root, name, settings) for name in record.images]
+    sample = make_sample(
+        record, images, _tokenizer(settings.tokenizer), key=settings.key, longest_tokens=settings.longest_tokens
+    )
+    if known is None:
+        first = writer.add_images([_stored(image, settings.store) for image in images])
+        # Later records of this shard with the same images share them; only their facts are kept in memory.
+        first_of[names] = (first, [Decoded(_FORGOTTEN, image.modality) for image in images])
+    else:
+        first = known[0]
+    writer.add_sample(
+        sample_id=sample.sample_id, token_ids=sample.token_ids, target_spans=sample.target_spans,
+        modality=sample.modality, num_images=len(images), first_image=first,
+    )  # fmt: skip
+
+
+def _read(root: Path, name: str, settings: Settings) -> Decoded:
+    return decode(read_capped(resolve_inside(root, name)), allow_burned_in=settings.allow_burned_in)
+
+
+def _stored(image: Decoded, store: Store) -> bytes:
+    if store.kind == "encoded":
+        return image.picture.encoded
+    with Image.open(io.BytesIO(image.picture.encoded)) as picture:
+        return pack_pixels(np.asarray(square(picture, store.size_px, store.pad_rgb)))
+
+
+def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[Finished]:
+    """Write shards in ``workers`` processes, giving each as it is finished; at most twice as many tasks are in memory.
+
+    Raises:
+        WorkError: a worker process died (a codec can bring one down), named by its shard.
+    """
+    if workers <= 1:
+        for task in tasks:
+            yield finished_before(settings.out, task.number) or write_shard(settings, task)
+        return
+    waiting: dict[Future, int] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for task in tasks:
+            done = finished_before(settings.out, task.number)
+            if done is not None:
+                yield done
+                continue
+            if len(waiting) >= 2 * workers:
+                yield from _results(waiting)
+            waiting[pool.submit(write_shard, settings, task)] = task.number
+        while waiting:
+            yield from _results(waiting)
+
+
+def _results(waiting: dict[Future, int]) -> Iterator[Finished]:
+    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+        number = waiting.pop(future)
+        try:
+            yield future.result()
+        except BrokenProcessPool as error:
+            raise WorkError(
+                f"a worker died while writing {shard_name(number)} or a shard next to it; run the same command again "
+                "to continue, with --workers 1 to see which record it is"
+            ) from error
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder; a second writer is refused.
+
+    Raises:
+        UsageError: another ingest is writing there.
+    """
+    path = out / ".ingest.lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another ingest is writing to {out}; wait for it or choose another --out") from error
+        yield
+        # Only a finished ingest removes the file: who opened it meanwhile finds dataset.json and stops.
+        path.unlink()
+
+
+def remove_notes(out: Path, num_shards: int) -> None:
+    """Remove what only an unfinished ingest needs."""
+    for number in range(num_shards):
+        note_path(out, number).unlink(missing_ok=True)
+    for path in out.glob(".shard-*"):
+        path.unlink()
+    (out / ".ingest.json").unlink(missing_ok=True)

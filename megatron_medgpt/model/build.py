@@ -1,0 +1,90 @@
+"""The model of a plan, for training, evaluation and conversion alike."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.schema import KernelConfig, ModelConfig
+from megatron_medgpt.model.freeze import freeze, module_of
+from megatron_medgpt.model.language import engine_config
+from megatron_medgpt.model.medgpt import MedGPT
+from megatron_medgpt.parallel.plan import Layout
+
+ZERO = re.compile(r"(bias|sinks)$")
+ONE = re.compile(r"(norm|layernorm)\.weight$")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+
+
+def build_model(
+    model: ModelConfig, *, layout: Layout, groups: Any, dtype: torch.dtype = torch.float32,
+    kernels: KernelConfig | None = None, recompute: str = "none", router_balance_coefficient: float = 0.0,
+    router_z_coefficient: float = 0.0, frozen: Sequence[str] = (), seed: int = 1234,
+) -> list[MedGPT]:  # fmt: skip
+    """The chunks of this pipeline rank, in virtual order, with random weights.
+
+    Replicas draw the same weights; a rank's slices depend on its place in the tensor and expert groups, so two layouts
+    draw different models. To compare layouts, load one checkpoint into each.
+
+    Args:
+        dtype: of the parameters; float64 is for tests.
+        recompute: ``none`` or ``layer``.
+        frozen: modules that get no gradients (``config.schema.MODULES``).
+
+    Raises:
+        UsageError: when the vocabulary cannot be split, or a kernel cannot serve this machine.
+    """
+    if model.language.vocab_size % layout.tensor:
+        raise UsageError(
+            f"model.language.vocab_size={model.language.vocab_size} is not a multiple of parallel.tensor={layout.tensor}"
+        )
+    kernels = kernels or KernelConfig()
+    config = engine_config(
+        model.language, layout=layout, dtype=dtype, kernels=kernels, recompute=recompute,
+        router_balance_coefficient=router_balance_coefficient, router_z_coefficient=router_z_coefficient,
+    )  # fmt: skip
+    chunks = []
+    for chunk in layout.chunks_of(groups.pp.rank()):
+        try:
+            part = MedGPT(model, config, layout=layout, chunk=chunk, groups=groups, kernels=kernels, seed=seed)
+        except ValueError as error:
+            raise UsageError(f"kernels: {error}") from error
+        initialise(part, seed=seed, std=model.language.init_std, groups=groups)
+        chunks.append(part)
+    freeze(chunks, frozen)
+    return chunks
+
+
+@torch.no_grad()
+def initialise(part: MedGPT, *, seed: int, std: float, groups: Any) -> None:
+    """Draw the language model's weights: normal with ``std``; biases and sinks 0, norms 1.
+
+    Each parameter has a generator of its own, seeded by its name (with the layer's number in the whole model) and by
+    the slice of it that this rank holds: ranks that hold the same slice draw the same numbers without talking.
+    """
+    for name, parameter in part.named_parameters():
+        if module_of(name) in ("encoder", "projector"):
+            continue  # they draw their own
+        if ZERO.search(name):
+            parameter.zero_()
+        elif ONE.search(name):
+            parameter.fill_(1)
+        else:
+            whole_name = _LAYER.sub(lambda found: str(int(found[0]) + part.first_layer), name)
+            key = f"{seed}/{whole_name}/{_slice_of(parameter, groups)}"
+            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(key.encode()))
+            parameter.normal_(0, std, generator=generator)
+
+
+def _slice_of(parameter: nn.Parameter, groups: Any) -> str:
+    if not getattr(parameter, "allreduce", True):
+        return f"expert {groups.ep.rank()} of {groups.ep.size()}"
+    if getattr(parameter, "tensor_model_parallel", False):
+        return f"tensor {groups.tp.rank()} of {groups.tp.size()}"
+    return "whole"

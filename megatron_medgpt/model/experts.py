@@ -1,0 +1,163 @@
+"""The mixture of experts: GPT-oss's router and all experts of a rank in one module.
+
+Weights keep GPT-oss's own layout (interleaved gate and up columns), so that they can be compared with the public
+checkpoint without a move. The tensor degree of experts is 1: every rank of the expert group holds whole experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medgpt_kernels.grouped_mlp import op, reference
+from megatron_medgpt.model.attention import RowInfo, mark_slice
+from megatron_medgpt.parallel.platform import current_device, prepare_engine
+from megatron_medgpt.types import MODALITIES
+
+prepare_engine()
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402  (after the engine was prepared)
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
+
+NUM_CATEGORIES = 2 * len(MODALITIES)
+"""Token categories of the load counts: ``2 * modality`` for text, ``2 * modality + 1`` for image tokens."""
+PADDING_CATEGORY = NUM_CATEGORIES
+
+
+class Router(MegatronModule):
+    """Chooses the experts of every token: linear with bias, top-k of the logits, softmax over the chosen.
+
+    Parameters: ``weight`` (E, H), ``bias`` (E,), replicated; their gradients are summed over the tensor group because
+    each tensor rank routes its own slice of the sequence.
+
+    Options of the config: ``router_balance_coefficient`` (Switch loss, Fedus et al. 2021, equation 4, over the tokens of
+    the micro-batch row set) and ``router_z_coefficient`` (Zoph et al. 2022, equation 5). Both are weighted by the
+    micro-batch's number of targets, so that after the division by the global count of targets they enter the loss as
+    means over micro-batches. Padding counts in neither.
+    """
+
+    def __init__(self, config: Any, pg_collection: Any = None, **_of_other_lines: Any):
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.layer_number: int | None = None
+        self.rows: RowInfo | None = None
+        device = current_device()
+        made = {"dtype": config.params_dtype, "device": device}
+        self.weight = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size, **made))
+        self.bias = nn.Parameter(torch.empty(config.num_moe_experts, **made))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        counts = torch.zeros(NUM_CATEGORIES + 1, config.num_moe_experts, dtype=torch.int64, device=device)
+        self.register_buffer("load_CE", counts, persistent=False)
+        self.register_buffer("losses", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        self.layer_number = layer_number
+
+    def forward(self, hidden_SBH: Tensor, padding_mask: Any = None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Weights (T, E) with zeros at experts that were not chosen, and the choice (T, E) bool."""
+        hidden_TH = hidden_SBH.flatten(0, -2)
+        logits_TE = F.linear(hidden_TH, self.weight, self.bias)
+        logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        top_TK, experts_TK = logits_TE.topk(self.config.moe_router_topk, dim=-1)
+        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, torch.softmax(top_TK, dim=-1))
+        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
+        self._count(experts_TK)
+        if self.training and torch.is_grad_enabled():
+            weights_TE = self._with_losses(weights_TE, logits_TE, chosen_TE)
+        return weights_TE.to(hidden_SBH.dtype), chosen_TE
+
+    def _count(self, experts_TK: Tensor) -> None:
+        """Add to the load counts, on the device, once per micro-batch (a recomputed forward does not count again)."""
+        rows = self.rows
+        if rows is None or self.layer_number in rows.counted_layers:
+            return
+        rows.counted_layers.add(self.layer_number)
+        places = (rows.categories_T[:, None] * self.config.num_moe_experts + experts_TK).flatten()
+        self.load_CE.view(-1).scatter_add_(0, places, torch.ones_like(places))
+
+    def _with_losses(self, weights_TE: Tensor, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+        balance, z = self.config.router_balance_coefficient, self.config.router_z_coefficient
+        if not (balance or z) or self.rows is None:
+            return weights_TE
+        kept_T = (self.rows.categories_T != PADDING_CATEGORY).to(logits_TE.dtype)
+        load_E = (chosen_TE * kept_T[:, None]).sum(0)
+        totals = torch.cat([load_E, kept_T.sum()[None]])
+        if self.tp_group.size() > 1:
+            dist.all_reduce(totals, group=self.tp_group)
+        num_tokens = totals[-1].clamp(min=1)
+        share_E = totals[:-1] / (num_tokens * self.config.moe_router_topk)
+        probs_E = (torch.softmax(logits_TE, dim=-1) * kept_T[:, None]).sum(0) / num_tokens
+        balance_loss = self.config.num_moe_experts * (share_E * probs_E).sum()
+        z_loss = (torch.logsumexp(logits_TE, dim=-1).square() * kept_T).sum() / num_tokens
+        with torch.no_grad():
+            self.losses += torch.stack([balance_loss, z_loss]).double() * self.rows.num_targets
+        added = (balance * balance_loss + z * z_loss) * self.rows.num_targets
+        return MoEAuxLossAutoScaler.apply(weights_TE, added)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Whole tensors, replicated over tensor and data ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets,
+            tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )  # fmt: skip
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of one rank, in GPT-oss's layout.
+
+    Parameters, E the experts of this rank: ``gate_up`` (E, H, 2F) and ``gate_up_bias`` (E, 2F) with columns g0 u0 g1 u1
+    ..., ``down`` (E, F, H), ``down_bias`` (E, H).
+
+    Each carries the marks by which megatron-core reduces and counts it: ``allreduce=False`` (over the expert data
+    group, also with one expert rank), and ``tensor_model_parallel=True``, without which tensor ranks above 0 would be
+    taken for duplicates in the gradient norm.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: Any, pg_collection: Any = None, submodules: Any = None,
+        **_of_other_lines: Any,
+    ):  # fmt: skip
+        super().__init__(config=config)
+        self.ep_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
+        self.num_local_experts = num_local_experts
+        hidden, inner = config.hidden_size, config.moe_ffn_hidden_size
+        device = current_device()
+        made = {"dtype": config.params_dtype, "device": device}
+        self.gate_up = nn.Parameter(torch.empty(num_local_experts, hidden, 2 * inner, **made))
+        self.gate_up_bias = nn.Parameter(torch.empty(num_local_experts, 2 * inner, **made))
+        self.down = nn.Parameter(torch.empty(num_local_experts, inner, hidden, **made))
+        self.down_bias = nn.Parameter(torch.empty(num_local_experts, hidden, **made))
+        for parameter in self.parameters():
+            parameter.allreduce = False
+            mark_slice(parameter, 0)
+        self._mlp = reference.grouped_mlp if config.experts_kernel == "reference" else op.grouped_mlp
+
+    def forward(
+        self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int], weights_M: Tensor
+    ) -> tuple[Tensor, None]:
+        """Rows sorted by expert to their weighted outputs, (M, H)."""
+        counts = tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
+        out_MH = self._mlp(
+            rows_MH, counts, self.gate_up, self.gate_up_bias, self.down, self.down_bias, limit=self.config.swiglu_limit
+        )
+        return out_MH * weights_M[:, None], None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Split over the expert group on the axis of experts, replicated over the expert data group."""
+        prepended = len(sharded_offsets)
+        offset = (prepended, self.ep_group.rank(), self.ep_group.size())
+        replica = (0, 0, self.expert_data_group.rank())
+        return {
+            prefix + name: ShardedTensor.from_rank_offsets(
+                prefix + name, parameter, *sharded_offsets, offset, replica_id=replica, prepend_axis_num=prepended
+            )
+            for name, parameter in self.state_dict(prefix="", keep_vars=True).items()
+        }

@@ -1,0 +1,96 @@
+"""Evaluation files made ready for the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_medgpt.config.errors import WorkError
+from megatron_medgpt.observe.report import charts
+
+PUBLISHED = Path(__file__).with_name("published.json")
+"""Figures of others, by task and protocol; shown only beside the same task under the same protocol."""
+
+PROTOCOL_NAMES = {
+    "official-qa": "OmniMedVQA question-answering score: the option most similar to the written answer",
+    "official-prefix": "OmniMedVQA prefix score: the option with the lowest mean cross-entropy after the question",
+    "letter": "Letter protocol (MedEvalKit): lettered options, the letter is read from the answer",
+    "short-answer": "Short answers: exact match, token F1",
+    "chat-likelihood": "The option with the lowest mean cross-entropy as the assistant's answer",
+}
+CONTROL_NAMES = {
+    "blank_image": "Blank image", "shuffled_image": "Shuffled image", "text_only": "No image",
+}  # fmt: skip
+
+
+def control_name(control: str) -> str:
+    return CONTROL_NAMES.get(control, control.replace("_", " "))
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The evaluation files of a folder in name order, those with controls first; other JSON files are left alone."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WorkError(f"{path} is not JSON ({error})") from None
+        if isinstance(content, dict) and {"task", "protocol", "accuracy", "ci95", "n"} <= content.keys():
+            results.append(content | {"file": path.name})
+    return sorted(results, key=lambda result: not result.get("controls"))
+
+
+def view(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the page shows of one evaluation."""
+    bars = [("This model", result["accuracy"], result["ci95"], "ours")]
+    intervals = result.get("controls_ci95", {})
+    for name, accuracy in result.get("controls", {}).items():
+        bars.append((control_name(name), accuracy, intervals.get(name), "control"))
+    published = _published(result)
+    counts = {
+        "questions": result["n"], "right": result.get("correct"), "without an answer (wrong)": result.get("failed"),
+        "read by similarity only": result.get("unparsed"), "cut at the token limit": result.get("truncated"),
+        **{f"problem: {kind.replace('_', ' ')}": n for kind, n in (result.get("problems") or {}).items()},
+    }  # fmt: skip
+    return {
+        "id": f"{result['task']}-{result['protocol']}",
+        "task": result["task"],
+        "protocol": result["protocol"],
+        "protocol_name": PROTOCOL_NAMES.get(result["protocol"], ""),
+        "accuracy": result["accuracy"],
+        "ci95": result["ci95"],
+        "macro": result.get("macro_by_modality"),
+        "engine": result.get("engine", ""),
+        "chart": charts.interval_chart(bars, result.get("chance")),
+        "counts": {name: count for name, count in counts.items() if count is not None},
+        "table": _table(result),
+        "published": published,
+    }
+
+
+def _table(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Modality by question type; each cell is (accuracy, right, n) or None."""
+    cells = result.get("by_modality_and_question_type") or {}
+    kinds = sorted(result.get("by_question_type") or {})
+    rows = []
+    for modality, total in (result.get("by_modality") or {}).items():
+        own = cells.get(modality, {})
+        rows.append({"name": modality, "cells": [own.get(kind) for kind in kinds], "total": total})
+    return {
+        "kinds": kinds,
+        "rows": rows,
+        "totals": [result["by_question_type"][kind] for kind in kinds],
+        "all": {"accuracy": result["accuracy"], "n": result["n"], "correct": result.get("correct")},
+    }
+
+
+def _published(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Others' figures for the same task and protocol, with this model in its place among them."""
+    known = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(result["task"], {}).get(result["protocol"])
+    if known is None:
+        return None
+    own = {"model": "This model", "accuracy": result["accuracy"], "source": "this run", "own": True}
+    entries = sorted([*known["entries"], own], key=lambda entry: -entry["accuracy"])
+    return {"note": known["note"], "entries": entries}

@@ -1,0 +1,254 @@
+"""Gather a run folder and write ``report.html``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.observe.report import charts, evaluation, gallery
+from megatron_medgpt.observe.report.curves import Metrics, read_metrics
+
+HERE = Path(__file__).parent
+CURVES = (
+    # key in metrics.jsonl, title, unit, key of rare measurements drawn over it and their name, logarithmic
+    ("loss", "Training loss", "nats per token", ("validation_loss", "validation"), False),
+    ("option_accuracy", "Held-out accuracy while training", "share right", None, False),
+    ("lr", "Learning rate", "", None, False),
+    ("grad_norm", "Gradient norm", "before clipping", None, True),
+    ("tokens_per_s", "Throughput", "tokens per second", None, False),
+    ("mem_gb", "Peak memory per rank", "GB", None, False),
+)
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``run_dir/report.html`` from what the run left there, and return its path.
+
+    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json``, ``eval/gallery.json``, ``summary.json``.
+
+    Raises:
+        UsageError: not a folder, or none of these files is in it.
+        WorkError: one of them cannot be read; names it.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UsageError(f"{run_dir}: no such run folder")
+    wanted = ("run.yaml", "metrics.jsonl", "eval", "summary.json")
+    if not any((run_dir / name).exists() for name in wanted):
+        raise UsageError(f"{run_dir} holds none of {', '.join(wanted)}; give the out folder of a run")
+    config = _read_yaml(run_dir / "run.yaml")
+    summary = read_json(run_dir / "summary.json", {})
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    results = evaluation.read_results(run_dir / "eval")
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            name=config.get("name") or run_dir.name,
+            tiles=_tiles(metrics, results, summary),
+            stages=_stages(config, metrics),
+            curves=_curves(metrics),
+            expert_load=_expert_load(metrics),
+            time_shares=_time_shares(metrics),
+            datasets=_datasets(config, run_dir),
+            results=[evaluation.view(result) for result in results],
+            gallery=gallery.view(run_dir / "eval" / "gallery.json"),
+            provenance=_provenance(config, summary, metrics),
+            config_rows=list(flattened(config)),
+        )
+    )
+    out = run_dir / "report.html"
+    temporary = run_dir / f".report.html.{os.getpid()}"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, out)
+    return out
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """JSON of a file, ``default`` where it is absent; WorkError where it is broken."""
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkError(f"{path} is not JSON ({error})") from None
+
+
+def flattened(section: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested configuration as (dotted name, value) rows."""
+    if isinstance(section, Mapping):
+        return [
+            row for key, value in section.items() for row in flattened(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(section, list) and any(isinstance(value, (Mapping, list)) for value in section):
+        return [row for place, value in enumerate(section) for row in flattened(value, f"{prefix}[{place}]")]
+    if isinstance(section, list):
+        return [(prefix, ", ".join(map(str, section)))]
+    return [(prefix, "" if section is None else str(section))]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["percent"] = lambda value, places=1: "–" if value is None else f"{value:.{places}%}"
+    environment.filters["thousands"] = lambda value: f"{value:,}"
+    return environment
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise WorkError(f"{path} is not YAML ({error})") from None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _tiles(metrics: Metrics, results: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures on top of the page, the most telling first."""
+    tiles = []
+    if results:
+        main = results[0]
+        low, high = main["ci95"]
+        tiles.append(_tile("Held-out accuracy", f"{main['accuracy']:.1%}", f"95% interval {low:.1%} to {high:.1%}"))
+        for name, accuracy in main.get("controls", {}).items():
+            tiles.append(
+                _tile(evaluation.control_name(name), f"{accuracy:.1%}", f"guessing is {main.get('chance', 0):.1%}")
+            )
+    elif "accuracy" in summary:
+        tiles.append(_tile("Held-out accuracy", f"{summary['accuracy']:.1%}", "from summary.json"))
+    if (loss := metrics.series("loss", thin=False)) is not None:
+        tiles.append(_tile("Training loss", f"{loss.last:.3f}", f"{loss.ys[0]:.3f} at the first step"))
+    if (validation := metrics.series("validation_loss", thin=False)) is not None:
+        tiles.append(_tile("Validation loss", f"{validation.last:.3f}", f"best {min(validation.ys):.3f}"))
+    if tokens := metrics.total("tokens"):
+        tiles.append(_tile("Tokens seen", charts.short_number(tokens), f"{len(metrics.rows):,} steps"))
+    if seconds := summary.get("seconds") or metrics.total("step_s"):
+        note = "whole run" if "seconds" in summary else "in training steps"
+        tiles.append(_tile("Time", str(timedelta(seconds=round(seconds))), note))
+    return tiles
+
+
+def _tile(name: str, value: str, note: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _stages(config: Mapping[str, Any], metrics: Metrics) -> list[dict[str, Any]]:
+    """One row per stage: what was planned, and how far it came."""
+    seen = {span.name: span for span in metrics.stages}
+    planned = [stage for stage in config.get("stages") or [] if isinstance(stage, Mapping)]
+    names = [str(stage.get("name")) for stage in planned] or list(seen)
+    rows = []
+    for place, name in enumerate(names):
+        plan = planned[place] if place < len(planned) else {}
+        own = [row for row in metrics.rows if str(row.get("stage", "training")) == name]
+        losses = [row["loss"] for row in own if isinstance(row.get("loss"), (int, float))]
+        rows.append(
+            {
+                "name": name,
+                "colour": f"c{place % charts.STAGE_COLOURS}",
+                "layout": _layout(plan.get("parallel") or config.get("parallel") or {}),
+                "learns": _learns(plan.get("frozen")),
+                "data": [Path(str(entry.get("path", ""))).name for entry in plan.get("data") or []],
+                "steps": len(own),
+                "planned": plan.get("num_steps"),
+                "losses": (losses[0], losses[-1]) if losses else None,
+            }
+        )
+    return rows
+
+
+def _layout(parallel: Mapping[str, Any]) -> str:
+    parts = [("TP", "tensor"), ("PP", "pipeline"), ("EP", "expert")]
+    return " · ".join(f"{short}{parallel.get(key, 1)}" for short, key in parts)
+
+
+def _learns(frozen: Any) -> str:
+    return f"all but {', '.join(frozen)}" if frozen else "everything"
+
+
+def _curves(metrics: Metrics) -> list[Any]:
+    drawn = []
+    for key, title, unit, extra, log in CURVES:
+        series = metrics.series(key)
+        if series is None:
+            continue
+        rare = sum(key in row for row in metrics.rows) * 4 < len(metrics.rows)
+        lines = [charts.Line(title, series, points=rare)]
+        if extra is not None and (over := metrics.series(extra[0])) is not None:
+            lines.append(charts.Line(extra[1], over, points=True))
+        log = log and min(series.ys) > 0 and max(series.ys) / min(series.ys) > 20
+        drawn.append(
+            {
+                "title": title,
+                "unit": unit,
+                "note": f"Points: {extra[1]}." if len(lines) > 1 else "",
+                "svg": charts.line_chart(title, unit, lines, metrics.stages, log=log),
+                "last": charts.short_number(series.last),
+            }
+        )
+    return drawn
+
+
+def _expert_load(metrics: Metrics) -> dict[str, Any] | None:
+    """The newest ``expert_load/NAME`` (share of routed tokens per expert) with ``expert_entropy/NAME`` (0 to 1)."""
+    load = metrics.latest("expert_load")
+    if not load:
+        return None
+    rows = [(name, [float(share) for share in shares]) for name, shares in sorted(load.items())]
+    entropy = metrics.latest("expert_entropy")
+    return {
+        "svg": charts.heat_map(rows),
+        "rows": [
+            {
+                "name": name, "largest": max(shares), "expert": shares.index(max(shares)), "smallest": min(shares),
+                "entropy": entropy.get(name),
+            }
+            for name, shares in rows
+        ],
+        "even": 1 / max(len(shares) for _, shares in rows),
+    }  # fmt: skip
+
+
+def _time_shares(metrics: Metrics) -> list[dict[str, Any]]:
+    """What the steps' time went into (``time/NAME_s``), with shares of their sum."""
+    totals = metrics.totals("time")
+    whole = sum(totals.values())
+    return [
+        {"name": name.removesuffix("_s").replace("_", " "), "seconds": seconds, "share": seconds / whole}
+        for name, seconds in totals.items()
+        if whole > 0
+    ]
+
+
+def _datasets(config: Mapping[str, Any], run_dir: Path) -> list[dict[str, Any]]:
+    """Counts of every dataset of the run's blends, from its dataset.json where it is still to be found."""
+    rows: dict[str, dict[str, Any]] = {}
+    for stage in config.get("stages") or []:
+        for entry in stage.get("data") or []:
+            path = Path(str(entry.get("path", "")))
+            row = rows.setdefault(str(path), {"name": path.name, "stages": [], "facts": None})
+            row["stages"].append(f"{stage.get('name')} (weight {entry.get('weight', 1):g})")
+            for folder in (path, run_dir / path):
+                if (folder / "dataset.json").is_file():
+                    row["facts"] = read_json(folder / "dataset.json", {})
+    return list(rows.values())
+
+
+def _provenance(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    rows = [(key, config[key]) for key in ("name", "seed", "precision", "recompute", "tokenizer") if key in config]
+    if metrics.skipped:
+        rows.append(("metrics.jsonl", f"{metrics.skipped} unreadable lines skipped"))
+    skipped = ("accuracy", "controls", "seconds")
+    rows += flattened({key: value for key, value in summary.items() if key not in skipped})
+    return [(key, str(value)) for key, value in rows]

@@ -1,0 +1,92 @@
+"""Start the ranks of a run on this machine, one process each, and bring them down together.
+
+``torchrun`` and ``srun`` start ranks too; this is what ``medgpt train --nproc N`` uses. It differs from torchrun in
+what a person at a terminal sees: no agent, no second traceback, and the exit code of the rank that failed first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+GRACE_S = 20.0
+"""Seconds that the other ranks get to end by themselves when one has failed."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launched() -> bool:
+    """True in a rank that torchrun, srun or ``run_ranks`` has started."""
+    return "RANK" in os.environ or (
+        "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    )
+
+
+def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
+    """Run ``python -m megatron_medgpt.cli ARGUMENTS`` as ``num_ranks`` ranks and wait for all.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on once to every rank, which then save and stop at the same step. When a
+    rank fails, the others get ``GRACE_S`` seconds, then their process groups are killed.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + signal when a signal ended it).
+    """
+    port = _free_port()
+    ranks = [_start_rank(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    previous = {s: signal.signal(s, lambda signum, _: _signal_all(ranks, signum)) for s in STOP_SIGNALS}
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in ranks:
+            _kill_group(process)
+
+
+def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
+    # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg reaches its children.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    first_failure, deadline = 0, None
+    while any(process.poll() is None for process in ranks):
+        failed = next((p.returncode for p in ranks if p.returncode not in (None, 0)), 0)
+        if failed and deadline is None:
+            first_failure, deadline = failed, time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            for process in ranks:
+                _kill_group(process)
+        time.sleep(0.05)
+    code = first_failure or next((p.returncode for p in ranks if p.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def _signal_all(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(signum)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    # Also after the rank has ended: its checkpoint writers may have outlived it.
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,123 @@
+"""``medgpt train``: from the command line to a finished run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_medgpt.config.errors import MedgptError, UsageError
+from megatron_medgpt.config.load import load_run, override_run, to_yaml
+from megatron_medgpt.config.schema import RunConfig
+from megatron_medgpt.parallel.launch import launched, run_ranks
+from megatron_medgpt.parallel.plan import Layout
+from megatron_medgpt.train.layouts import check_stage
+from megatron_medgpt.train.marker import write_marker
+
+log = logging.getLogger(__name__)
+
+
+def run_train(run: str, overrides: Sequence[str], *, num_ranks: int = 1, dry_run: bool = False) -> int:
+    """Train a recipe or a run.yaml; start the ranks first unless torchrun or srun has done so.
+
+    Returns:
+        The exit code: 0 when every stage is done, or when a signal stopped the run after it was saved.
+    """
+    config = find_run(run, overrides)
+    if not launched():
+        check_before_start(config, num_ranks)
+        if num_ranks > 1:
+            flags = ["--dry-run"] if dry_run else []
+            return run_ranks(["train", run, *overrides, *flags], num_ranks)
+    return train_here(config, dry_run=dry_run)
+
+
+def find_run(run: str, overrides: Sequence[str]) -> RunConfig:
+    """A recipe by its name, or a YAML file by its path, with overrides applied."""
+    from megatron_medgpt.recipes import RECIPES, recipe
+
+    if run in RECIPES:
+        return override_run(recipe(run), overrides)
+    if run.endswith((".yaml", ".yml")) or os.path.exists(run):
+        return load_run(Path(run), overrides)
+    import difflib
+
+    close = difflib.get_close_matches(run, RECIPES, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(sorted(RECIPES))}"
+    raise UsageError(f"{run!r} is neither a recipe nor a YAML file; {hint}")
+
+
+def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
+    """Everything that can be refused without torch, before any process is started or any file is written.
+
+    Returns:
+        The layout of each stage.
+    """
+    layouts = [check_stage(config, stage, num_ranks) for stage in config.stages]
+    if not (Path(config.tokenizer) / "tokenizer.json").is_file():
+        raise UsageError(f"tokenizer={config.tokenizer}: no tokenizer.json there")
+    for stage in config.stages:
+        for blend in (*stage.data, *stage.validation_data):
+            if not (Path(blend.path) / "dataset.json").is_file():
+                raise UsageError(
+                    f"stages.{stage.name}: {blend.path} is not a dataset folder (no dataset.json); make one with "
+                    "`medgpt ingest`"
+                )
+        if stage.questions is not None and not Path(stage.questions).is_dir():
+            raise UsageError(f"stages.{stage.name}.questions={stage.questions}: no such folder")
+    start_from = config.checkpoint.start_from
+    if start_from is not None and not (Path(start_from) / "manifest.json").is_file():
+        raise UsageError(f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json)")
+    return layouts
+
+
+def train_here(config: RunConfig, *, dry_run: bool) -> int:
+    """Train in this process, which is one rank of its world."""
+    from megatron_medgpt.observe.log import say_platform, set_up_log
+    from megatron_medgpt.parallel import groups
+    from megatron_medgpt.train.stages import run_stages
+
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_log(rank)
+    set_threads(config)
+    world = groups.start()
+    try:
+        layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
+        say_platform(f"{world.platform.name}, {config.precision}", layouts, world.size)
+        if dry_run:
+            from megatron_medgpt.train.dry_run import run_dry
+
+            run_dry(config, world)
+            return 0
+        if world.is_first:
+            out = Path(config.out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+            keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
+            write_marker(out, "running")
+        end = run_stages(config, world)
+        if world.is_first:
+            write_marker(Path(config.out), end.status, step=end.step)
+            log.info("%s after step %d; checkpoint %s", end.status, end.step, end.checkpoint)
+        return 0
+    except MedgptError as error:
+        write_marker(Path(config.out), "failed", reason=str(error))
+        raise
+    finally:
+        groups.stop()
+
+
+def keep_tokenizer(source: Path, copy: Path) -> None:
+    """A copy in the run folder: evaluation and export then need nothing beside it."""
+    if source.resolve() != copy.resolve():
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+
+
+def set_threads(config: RunConfig) -> None:
+    """CPU threads of this rank: as configured, or the machine's cores shared among its ranks."""
+    import torch
+
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -1,0 +1,97 @@
+"""``--dry-run``: what a run would be, and one real step of each stage. Nothing is written."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_medgpt.config.schema import RunConfig, StageConfig
+from megatron_medgpt.parallel.groups import World, destroy_groups
+from megatron_medgpt.parallel.memory import model_parameters, rank_memory
+from megatron_medgpt.parallel.plan import Layout
+from megatron_medgpt.train.build import build_stage
+from megatron_medgpt.train.layouts import check_stage
+from megatron_medgpt.train.step import train_step
+
+
+def run_dry(config: RunConfig, world: World) -> None:
+    """Print model, memory, data and speed of every stage. Collective: every rank runs the steps, rank 0 prints."""
+    console = Console(stderr=False, highlight=False) if world.is_first else None
+    if console:
+        console.print(_model_table(config))
+    for index, stage in enumerate(config.stages):
+        layout = check_stage(config, stage, world.size)
+        if console:
+            console.print(_memory_table(config, stage, layout))
+        seconds, tokens, data = _one_step(config, index, world)
+        if console:
+            console.print(_data_table(config, stage, data, seconds, tokens))
+
+
+def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, dict]:
+    """Seconds and tokens of the second of two steps of a stage (the first pays for allocations)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = build_stage(replace(config, out=scratch), index, world)
+        seconds, tokens = 0.0, 0
+        num_steps = min(2, parts.stage.num_steps)
+        with parts.batches_from(0) as batches:
+            for step in range(num_steps):
+                started = time.perf_counter()
+                tokens = train_step(parts, batches, step=step, stop_here=False).num_tokens
+                seconds = time.perf_counter() - started
+        facts = parts.data.describe()
+    destroy_groups()
+    return seconds, tokens, facts
+
+
+def _model_table(config: RunConfig) -> Table:
+    count = model_parameters(config.model)
+    table = Table(
+        title=f"{config.name}: {count.total / 1e6:,.1f} M parameters, {config.precision}", title_justify="left"
+    )
+    table.add_column("module")
+    table.add_column("parameters", justify="right")
+    for module, number in vars(count).items():
+        table.add_row(module, f"{number:,}")
+    return table
+
+
+def _memory_table(config: RunConfig, stage: StageConfig, layout: Layout) -> Table:
+    table = Table(
+        title=f"stage {stage.name}: {layout.describe()}, memory per rank in GB (activations are estimated)",
+        title_justify="left",
+    )
+    for name in ("pipeline rank", "layers", "weights", "gradients", "optimizer", "activations", "total"):
+        table.add_column(name, justify="right")
+    for pipeline_rank in range(layout.pipeline):
+        memory = rank_memory(
+            config.model, layout, stage, precision=config.precision, recompute=config.recompute,
+            pipeline_rank=pipeline_rank,
+        )  # fmt: skip
+        layers = sum(len(layout.layers_of_chunk(c)) for c in layout.chunks_of(pipeline_rank))
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        table.add_row(str(pipeline_rank), str(layers), *(f"{part / 1e9:.3f}" for part in parts))
+    return table
+
+
+def _data_table(config: RunConfig, stage: StageConfig, data: dict, seconds: float, tokens: int) -> Table:
+    table = Table(show_header=False, box=None)
+    rows = stage.global_batch_rows
+    positions = rows * stage.sequence_length
+    per_epoch = data["rows_per_epoch"]
+    mix = ", ".join(f"{name} x{blend.weight:g}" for name, blend in zip(data["datasets"], stage.data))
+    frozen = ", ".join(stage.frozen) or "nothing"
+    for name, value in (
+        ("data", f"{mix}: {data['samples_per_epoch']:,} samples in {per_epoch:,} rows an epoch, "
+                 f"{data['packing_efficiency']:.1%} of the positions filled"),
+        ("step", f"{rows} rows x {stage.sequence_length:,} = {positions:,} positions, {tokens:,} used"),
+        ("stage", f"{stage.num_steps:,} steps, {stage.num_steps * rows / per_epoch:.2f} epochs; frozen: {frozen}"),
+        ("one step here", f"{seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; "
+                          f"the stage about {stage.num_steps * seconds / 60:,.1f} min"),
+    ):  # fmt: skip
+        table.add_row(f"  {name}", value)
+    return table

@@ -1,0 +1,24 @@
+"""``state.json`` of a run folder: whether the run goes on, for whoever started it.
+
+Exit codes cannot tell: torchrun returns 1 whether its ranks have saved and stopped or have failed. Launchers requeue a
+run that is ``stopped``, or ``running`` though its processes are gone, and leave alone one that is ``done`` or ``failed``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+NAME = "state.json"
+Status = Literal["running", "stopped", "done", "failed"]
+
+
+def write_marker(out: Path, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
+    """Replace the marker of a run folder in one move."""
+    out.mkdir(parents=True, exist_ok=True)
+    aside = out / f".{NAME}.{os.getpid()}"
+    fields = {"status": status, "step": step, "reason": reason}
+    aside.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n", encoding="utf-8")
+    os.replace(aside, out / NAME)

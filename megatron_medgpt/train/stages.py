@@ -1,0 +1,142 @@
+"""The curriculum: one stage after the other, in one lineage of checkpoints, each in its own layout."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, load_rank_state, read_facts
+from megatron_medgpt.checkpoint.manifest import CheckpointFacts
+from megatron_medgpt.checkpoint.state import full_state, load_optimizer, load_weights, model_state, restore_rank_state
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.load import to_tree
+from megatron_medgpt.config.schema import RunConfig
+from megatron_medgpt.parallel.groups import World, destroy_groups
+from megatron_medgpt.train.build import Parts, build_stage
+from megatron_medgpt.train.cadence import Cadence
+from megatron_medgpt.train.consumed import START
+from megatron_medgpt.train.guard import StopRequest
+from megatron_medgpt.train.loop import Progress, fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    status: Literal["done", "stopped"]
+    step: int
+    checkpoint: Path | None
+
+
+def run_stages(config: RunConfig, world: World) -> RunEnd:
+    """Train every stage that is not finished yet, from the newest whole checkpoint of the run folder.
+
+    Raises:
+        UsageError: the checkpoint belongs to another model, dataset or order of the data.
+    """
+    newest = find_latest(Path(config.out) / "checkpoints")
+    facts = read_facts(newest) if newest is not None else None
+    first_stage, progress = _where_to_start(config, facts, newest)
+    cadence = Cadence(config, first_rank=world.is_first, device=world.device)
+    cadence.open(progress.step)
+    stop = StopRequest()
+    status: Literal["done", "stopped"] = "done"
+    try:
+        for index in range(first_stage, len(config.stages)):
+            parts = build_stage(config, index, world)
+            _load(config, parts, newest, facts, world)
+            log.info(
+                "stage %s: %s, %d steps of %d rows x %d positions, from step %d%s",
+                parts.stage.name, parts.layout.describe(), parts.stage.num_steps, parts.stage.global_batch_rows,
+                parts.stage.sequence_length, progress.stage_step, _frozen_words(parts),
+            )  # fmt: skip
+            cadence.begin_stage(parts, progress.stage_step)
+            status = fit(parts, progress, cadence, stop)
+            if status == "stopped":
+                log.info("stopped by %s after step %d; the same command continues", stop.signal_name, progress.step)
+                break
+            newest = cadence.save(parts, progress, stage_end=True)
+            facts = read_facts(newest)
+            cadence.end_stage()
+            progress.stage_step = 0
+            del parts
+            destroy_groups()
+    finally:
+        cadence.close()
+        stop.restore()
+    return RunEnd(status=status, step=progress.step, checkpoint=newest)
+
+
+def _where_to_start(config: RunConfig, facts: CheckpointFacts | None, newest: Path | None) -> tuple[int, Progress]:
+    if facts is None:
+        return 0, Progress(step=0, stage_step=0, sample_chain=START)
+    if facts.model != to_tree(config.model):
+        raise UsageError(
+            f"{newest} holds another model than this run's configuration ({_difference(facts.model, config)}); "
+            "set another run folder (out=...) or the model it was trained with"
+        )
+    names = [stage.name for stage in config.stages]
+    if facts.stage_index >= len(names) or names[facts.stage_index] != facts.stage_name:
+        raise UsageError(
+            f"{newest} was written in stage {facts.stage_index} {facts.stage_name!r}; this run's stages are {names}. "
+            "Keep the names and order of finished stages, or set another run folder (out=...)"
+        )
+    progress = Progress(
+        step=facts.step, stage_step=facts.stage_step, sample_chain=facts.sample_chain, lineage=facts.lineage
+    )
+    if facts.stage_end:
+        progress.stage_step = 0
+        return facts.stage_index + 1, progress
+    return facts.stage_index, progress
+
+
+def _load(config: RunConfig, parts: Parts, newest: Path | None, facts: CheckpointFacts | None, world: World) -> None:
+    """Fill a freshly built stage: with all of the state when it continues, with weights when it begins."""
+    if newest is not None and facts is not None and facts.stage_index == parts.stage_index and not facts.stage_end:
+        _check_same_data(parts, newest, facts)
+        state = full_state(parts.models, parts.optimizer, parts.groups, loading=True)
+        loaded, _ = load_checkpoint(newest, state, verify_content=False)
+        load_weights(parts.models, loaded)
+        load_optimizer(parts.optimizer, loaded, facts.optimizer_step or 0)
+        own = load_rank_state(newest, asdict(parts.layout))
+        if own is not None:
+            restore_rank_state(own)
+        parts.schedule.step(increment=facts.stage_step)
+        log.info("resumed from %s (stage %s, step %d)", newest.name, facts.stage_name, facts.stage_step)
+        return
+    source = newest if newest is not None else config.checkpoint.start_from
+    if source is None:
+        return
+    state = model_state(parts.models, parts.groups)
+    loaded, _ = load_checkpoint(source, state, weights_only=True)
+    load_weights(parts.models, loaded, parts.optimizer)
+    log.info("stage %s starts from the weights of %s", parts.stage.name, Path(source).name)
+
+
+def _check_same_data(parts: Parts, newest: Path, facts: CheckpointFacts) -> None:
+    expected_row = facts.stage_step * parts.stage.global_batch_rows
+    if facts.row != expected_row:
+        raise UsageError(
+            f"{newest}: {facts.row} rows were used in {facts.stage_step} steps, but "
+            f"stages.{parts.stage.name}.global_batch_rows={parts.stage.global_batch_rows} makes {expected_row}; "
+            "resume with the batch size that the stage began with"
+        )
+    if facts.plan_hash != parts.data.plan_hash:
+        raise UsageError(
+            f"{newest}: the data plan of stage {parts.stage.name} has changed (datasets, weights, seed or "
+            "sequence_length); resume with what it began with, or set another run folder (out=...)"
+        )
+
+
+def _difference(model: dict, config: RunConfig) -> str:
+    for section, fields in to_tree(config.model).items():
+        for name, value in fields.items():
+            if model.get(section, {}).get(name) != value:
+                return f"model.{section}.{name}: {model.get(section, {}).get(name)} there, {value} here"
+    return "other fields"
+
+
+def _frozen_words(parts: Parts) -> str:
+    return f", frozen: {', '.join(parts.stage.frozen)}" if parts.stage.frozen else ""

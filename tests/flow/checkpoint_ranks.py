@@ -1,0 +1,54 @@
+"""Starts a few ranks of a worker script for a test, under a deadline, and leaves none of them behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+def run_ranks(num_ranks: int, *arguments: object, deadline_s: float = 180.0) -> tuple[bool, str]:
+    """Run the worker on every rank; return whether all ended well in time, and what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(num_ranks):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", str(WORKER), *map(str, arguments)]
+        ranks.append(
+            subprocess.Popen(
+                command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    end = time.monotonic() + deadline_s
+    outputs, late = [], False
+    try:
+        for process in ranks:
+            try:
+                outputs.append(process.communicate(timeout=max(0.1, end - time.monotonic()))[0])
+            except subprocess.TimeoutExpired:
+                late = True
+                os.killpg(process.pid, signal.SIGKILL)
+                outputs.append(process.communicate()[0])
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    told = "\n".join(
+        f"--- rank {rank}, exit {p.returncode}\n{out}" for rank, (p, out) in enumerate(zip(ranks, outputs))
+    )
+    if late:
+        told = f"not done after {deadline_s} s\n{told}"
+    return not late and all(process.returncode == 0 for process in ranks), told

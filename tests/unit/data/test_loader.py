@@ -1,0 +1,265 @@
+"""Rows by number: exact resume, any data-parallel size, layout of labels and images, and the prefetching thread."""
+
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from png_examples import png_of
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.schema import BlendConfig
+from megatron_medgpt.data.collate import Document, RowShape, batch_of_documents, collate
+from megatron_medgpt.data.loader import Prefetcher, chain, open_stage
+from megatron_medgpt.data.pixels import PixelSource
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.square import pad_rgb, square
+from megatron_medgpt.types import IGNORE_INDEX, ImageSpec
+
+SPEC = ImageSpec(
+    size_px=28,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    num_tokens=4,
+)
+LENGTH = 96
+
+
+def stage_of(*folders, weight=1.0, **changes):
+    options = {"tokenizer_fingerprint": None, "image": SPEC, "sequence_length": LENGTH, "seed": 5, "reader": "pillow"}
+    return open_stage([BlendConfig(path=str(f), weight=weight) for f in folders], **{**options, **changes})
+
+
+def same(one, two):
+    fields = ("token_ids_BS", "label_ids_BS", "position_ids_BS", "document_ids_BS", "modality_ids_BS", "pixels_ICYX")
+    return all(torch.equal(getattr(one, f), getattr(two, f)) for f in fields) and (
+        (one.image_spans, one.sample_ids, one.num_targets) == (two.image_spans, two.sample_ids, two.num_targets)
+    )
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.7])
+def test_resume_at_every_position_gives_the_same_rest(write_dataset, weight):
+    folder = write_dataset()
+    whole = stage_of(folder, weight=weight)
+    rows = 2 * whole.num_rows_per_epoch + 3
+    batches = [whole.take(row, 1) for row in range(rows)]
+    for start in range(rows):
+        resumed = stage_of(folder, weight=weight)
+        assert resumed.plan_hash == whole.plan_hash
+        assert same(resumed.take(start, 1), batches[start])
+        assert resumed.sample_ids(start, rows - start) == [i for b in batches[start:] for i in b.sample_ids]
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2, 3, 4])
+def test_any_number_of_data_ranks_sees_one_global_order(write_dataset, data_ranks):
+    stage = stage_of(write_dataset())
+    step_rows = 12
+    in_order = stage.sample_ids(0, 2 * step_rows)
+    share = step_rows // data_ranks
+    seen = []
+    for step in range(2):
+        for rank in range(data_ranks):
+            seen += stage.take(step * step_rows + rank * share, share, with_pixels=False).sample_ids
+    assert seen == in_order
+
+
+def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(write_dataset):
+    stage = stage_of(write_dataset("one", 40), write_dataset("two", 7, first_id=1000))
+    rows = stage.num_rows_per_epoch
+    first, second = stage.sample_ids(0, rows), stage.sample_ids(rows, rows)
+    expected = sorted(f"{i:032x}" for i in [*range(40), *range(1000, 1007)])
+    assert sorted(first) == sorted(second) == expected
+    assert first != second
+
+
+def test_labels_positions_and_documents_are_those_of_the_definition(write_dataset):
+    folder = write_dataset()
+    dataset, stage = Dataset(folder), stage_of(folder)
+    batch = stage.take(0, 4)
+    targets = 0
+    for row in range(4):
+        at = 0
+        for number, sample_number in enumerate(stage.samples_of(row)):
+            sample = dataset[sample_number]
+            expanded, is_target = [], []
+            start, end = sample.target_spans_flat.tolist()
+            for place, token in enumerate(sample.token_ids.tolist()):
+                repeats = SPEC.num_tokens if token == dataset.image_mark_id else 1
+                expanded += [token] * repeats
+                is_target += [start <= place < end] * repeats
+            for offset, token in enumerate(expanded):
+                follows = offset + 1 < len(expanded) and is_target[offset + 1]
+                assert batch.token_ids_BS[row, at + offset] == token
+                assert batch.label_ids_BS[row, at + offset] == (expanded[offset + 1] if follows else IGNORE_INDEX)
+                assert batch.position_ids_BS[row, at + offset] == offset
+                assert batch.document_ids_BS[row, at + offset] == number
+                assert batch.modality_ids_BS[row, at + offset] == sample.modality
+                targets += follows
+            at += len(expanded)
+        assert (batch.token_ids_BS[row, at:] == stage.shape.pad_id).all()
+        assert (batch.label_ids_BS[row, at:] == IGNORE_INDEX).all()
+        assert (batch.document_ids_BS[row, at:] == len(stage.samples_of(row))).all()
+        assert (batch.modality_ids_BS[row, at:] == -1).all()
+    assert batch.num_targets == targets
+
+
+def test_every_span_shows_the_image_of_its_sample(write_dataset):
+    folder = write_dataset()
+    stage = stage_of(folder)
+    batch = stage.take(0, 6)
+    source = PixelSource(SPEC, "pillow")
+    marks = batch.token_ids_BS == stage.shape.image_mark_id
+    for span in batch.image_spans:
+        assert marks[span.row, span.start : span.start + span.num_tokens].all()
+        marks[span.row, span.start : span.start + span.num_tokens] = False
+    assert not marks.any()
+    spans = iter(batch.image_spans)
+    dataset = Dataset(folder)
+    for row in range(6):
+        for number in stage.samples_of(row):
+            for k in range(int(dataset.num_images[number])):
+                record = np.frombuffer(png_of(10 * number + k), np.uint8)
+                expected = source.read([(number, k)], lambda _, record=record: ("encoded", record))
+                assert torch.equal(batch.pixels_ICYX[next(spans).image], expected[0])
+
+
+def test_slices_of_the_sequence_list_only_the_images_that_reach_into_them(write_dataset):
+    stage = stage_of(write_dataset())
+    whole = stage.take(0, 4)
+    halves = [stage.take(0, 4, keep=keep) for keep in ((0, LENGTH // 2), (LENGTH // 2, LENGTH))]
+    for (first, end), half in zip(((0, LENGTH // 2), (LENGTH // 2, LENGTH)), halves):
+        expected = [(s.row, s.start) for s in whole.image_spans if s.start < end and s.start + s.num_tokens > first]
+        assert [(s.row, s.start) for s in half.image_spans] == expected
+        assert torch.equal(half.label_ids_BS, whole.label_ids_BS)
+        for span in half.image_spans:
+            (same_span,) = [s for s in whole.image_spans if (s.row, s.start) == (span.row, span.start)]
+            assert torch.equal(half.pixels_ICYX[span.image], whole.pixels_ICYX[same_span.image])
+    across = [s for s in whole.image_spans if s.start < LENGTH // 2 < s.start + s.num_tokens]
+    assert sum(len(h.image_spans) for h in halves) == len(whole.image_spans) + len(across)
+    bare = stage.take(0, 4, with_pixels=False)
+    assert bare.pixels_ICYX is None
+    assert bare.image_spans == ()
+
+
+def test_a_slice_without_images_has_pixels_of_no_image(write_dataset):
+    stage = stage_of(write_dataset())
+    assert stage.take(0, 1, keep=(LENGTH - 1, LENGTH)).pixels_ICYX.shape == (0, 3, 28, 28)
+
+
+def test_samples_that_do_not_fit_are_refused_with_their_count_or_left_out_by_choice(write_dataset):
+    folder = write_dataset()
+    lengths = stage_of(folder)._lengths
+    limit = int(np.sort(lengths)[-4]) - 1
+    too_long = int((lengths > limit).sum())
+    with pytest.raises(UsageError, match=f"{too_long} of 40 samples do not fit sequence_length={limit}"):
+        stage_of(folder, sequence_length=limit)
+    stage = stage_of(folder, sequence_length=limit, drop_over_long=True)
+    assert stage.num_over_long == too_long
+    assert len(stage.sample_ids(0, stage.num_rows_per_epoch)) == 40 - too_long
+
+
+def test_marks_that_do_not_match_the_images_stop_the_batch():
+    shape = RowShape(sequence_length=16, image_mark_id=9, pad_id=0, tokens_per_image=4)
+    document = Document(np.array([1, 9, 2]), np.array([2, 3]), image_keys=())
+    with pytest.raises(WorkError, match="1 image marks and 0 images"):
+        collate([[document]], shape)
+
+
+@pytest.mark.parametrize("change", ["seed", "sequence_length", "image", "weight"])
+def test_whatever_changes_the_order_changes_the_plans_hash(write_dataset, change):
+    folder = write_dataset()
+    other = {
+        "seed": {"seed": 6},
+        "sequence_length": {"sequence_length": 97},
+        "image": {"image": ImageSpec(size_px=28, mean=SPEC.mean, std=SPEC.std, num_tokens=5)},
+        "weight": {"weight": 2.0},
+    }[change]
+    assert stage_of(folder).plan_hash != stage_of(folder, **other).plan_hash
+
+
+def test_the_hash_chain_does_not_depend_on_batches_and_finds_lost_repeated_and_swapped_samples():
+    ids = [f"{i:032x}" for i in range(9)]
+    whole = chain("", ids)
+    assert chain(chain(chain("", ids[:2]), ids[2:7]), ids[7:]) == whole
+    for wrong in (ids[1:], [*ids, ids[-1]], [ids[1], ids[0], *ids[2:]]):
+        assert chain("", wrong) != whole
+
+
+def test_documents_with_one_image_encode_it_once_and_lie_where_it_is_said():
+    shape = RowShape(sequence_length=20, image_mark_id=9, pad_id=0, tokens_per_image=4)
+    picture, other = png_of(1), png_of(2)
+    documents = [(np.array([1, 9, 2, 10 + i]), [(3, 4)], [picture]) for i in range(4)]
+    documents.append((np.array([1, 9, 2, 3, 30]), [(4, 5)], [other]))
+    batch, placements = batch_of_documents(documents, shape=shape, source=PixelSource(SPEC, "pillow"), num_rows=3)
+    assert batch.token_ids_BS.shape == (3, 20)
+    assert batch.pixels_ICYX.shape[0] == 2
+    for number, place in enumerate(placements):
+        labels = batch.label_ids_BS[place.row, place.start : place.end]
+        assert labels[labels != IGNORE_INDEX].tolist() == [10 + number if number < 4 else 30]
+    with pytest.raises(UsageError, match="5 documents need 3 rows of 20"):
+        batch_of_documents(documents, shape=shape, source=None, num_rows=1)
+
+
+def test_pixels_are_normalised_squares_padded_with_the_mean_colour():
+    wide = np.full((10, 40, 3), 255, np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(wide).save(out, "PNG")
+    record = np.frombuffer(out.getvalue(), np.uint8)
+    pixels = PixelSource(SPEC, "pillow").read([0], lambda _: ("encoded", record))
+    colour = torch.tensor([(c / 255 - m) / s for c, m, s in zip(pad_rgb(SPEC), SPEC.mean, SPEC.std)])
+    white = torch.tensor([(1 - m) / s for m, s in zip(SPEC.mean, SPEC.std)])
+    assert torch.allclose(pixels[0, :, 0, 14], colour, atol=1e-6)
+    assert torch.allclose(pixels[0, :, 14, 14], white, atol=1e-6)
+    assert pixels.shape == (1, 3, 28, 28)
+
+
+def test_the_pixel_path_is_that_of_llava_image_processor():
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.LlavaImageProcessorPil if hasattr(transformers, "LlavaImageProcessorPil") else None
+    if processor is None:
+        pytest.skip("this transformers has no Pillow backend of LlavaImageProcessor")
+    image = Image.open(io.BytesIO(png_of(3, 60, 41)))
+    theirs = processor(
+        do_pad=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=SPEC.mean,
+        image_std=SPEC.std,
+    )(image, return_tensors="pt")["pixel_values"]  # fmt: skip
+    ours = PixelSource(SPEC, "pillow").normalise(np.array(square(image, 28, pad_rgb(SPEC)))[None])
+    assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3 * 28 * 28 * 2, 1 << 20])
+def test_the_cache_changes_nothing_but_time(write_dataset, cache_bytes):
+    folder = write_dataset()
+    plain, cached = stage_of(folder, cache_bytes=0), stage_of(folder, cache_bytes=cache_bytes)
+    for _ in range(2):
+        assert same(plain.take(0, 6), cached.take(0, 6))
+    assert len(cached.pixels._cache) <= cache_bytes // (3 * 28 * 28)
+
+
+def test_an_unknown_reader_is_refused(write_dataset):
+    with pytest.raises(UsageError, match="allowed: auto, dali, pillow"):
+        stage_of(write_dataset(), reader="opencv")
+
+
+def test_the_prefetcher_keeps_the_order_and_hands_on_errors():
+    def work(number):
+        if number == 5:
+            raise WorkError("row 5 is damaged")
+        return number * 2
+
+    with Prefetcher(work, range(5), depth=2) as results:
+        assert list(results) == [0, 2, 4, 6, 8]
+    with Prefetcher(work, range(9), depth=2) as results, pytest.raises(WorkError, match="row 5"):
+        list(results)
+
+
+def test_the_prefetcher_stays_within_its_depth_and_stops_its_thread():
+    started = []
+    with Prefetcher(lambda n: started.append(n) or n, range(100), depth=3) as results:
+        next(results)
+        time.sleep(0.3)
+        assert len(started) <= 1 + 3 + 1
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

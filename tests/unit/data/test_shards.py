@@ -1,0 +1,171 @@
+"""The dataset format: megatron-core reads it, damage is found, and nothing is trusted that was not checked."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from png_examples import png_of
+
+from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
+from megatron_medgpt.data.index import IndexedFile, IndexedWriter
+from megatron_medgpt.data.shards import Dataset, pack_pixels, unpack_pixels, verify
+
+
+def test_megatron_core_reads_what_is_written_here(write_dataset):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    folder = write_dataset()
+    dataset = Dataset(folder)
+    text = indexed.IndexedDataset(str(folder / "shard-00001.text"), mmap=True)
+    assert text.document_indices.tolist() == list(range(0, len(text) + 1, 3))
+    for row in range(15):
+        np.testing.assert_array_equal(text[3 * row], dataset[15 + row].token_ids)
+        np.testing.assert_array_equal(text[3 * row + 1], dataset[15 + row].target_spans_flat)
+    image = indexed.IndexedDataset(str(folder / "shard-00001.image"), mmap=True)
+    for number in range(len(image)):
+        np.testing.assert_array_equal(image[number], dataset.image((1, number)))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_megatron_core_writes_the_same_bytes(tmp_path, dtype):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    sequences = [[1, 2, 3], [], [4], [200, 5]]
+    ours = IndexedWriter(tmp_path / "ours", dtype)
+    theirs = indexed.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
+    for number, sequence in enumerate(sequences):
+        ours.add(np.asarray(sequence))
+        theirs.add_item(torch.tensor(sequence, dtype=torch.int64))
+        if number % 2:
+            ours.end_document()
+            theirs.end_document()
+    ours.close()
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+    opened = IndexedFile(tmp_path / "theirs", dtype)
+    assert [opened[i].tolist() for i in range(4)] == sequences
+
+
+def test_every_sample_comes_back_with_its_own_images(write_dataset, tokenizer):
+    dataset = Dataset(write_dataset(num_samples=40, per_shard=15))
+    for number in range(40):
+        sample = dataset[number]
+        assert int(sample.sample_id, 16) == number
+        start, end = sample.target_spans_flat
+        assert tokenizer.decode(sample.token_ids[start:end]) == f"upper left {number}"
+        assert [bytes(dataset.image(k)) for k in sample.image_keys] == [
+            png_of(10 * number + k) for k in range(dataset.num_images[number])
+        ]
+
+
+def test_a_whole_dataset_has_no_faults(write_dataset):
+    assert list(verify(write_dataset())) == []
+
+
+def _every_file(folder):
+    return sorted(path for path in folder.iterdir() if path.name.startswith("shard"))
+
+
+def test_verify_finds_every_flipped_byte_of_the_small_files_and_samples_of_the_large(write_dataset):
+    folder = write_dataset(num_samples=6, per_shard=3)
+    for path in _every_file(folder):
+        whole = path.read_bytes()
+        offsets = range(len(whole)) if len(whole) < 200 else range(0, len(whole), max(1, len(whole) // 40))
+        for offset in offsets:
+            damaged = bytearray(whole)
+            damaged[offset] ^= 0x10
+            path.write_bytes(damaged)
+            assert list(verify(folder)), f"{path.name} byte {offset}"
+        path.write_bytes(whole)
+    assert list(verify(folder)) == []
+
+
+@pytest.mark.parametrize("change", ["truncated", "longer", "missing", "swapped"])
+def test_files_of_another_size_are_found_when_a_dataset_is_opened(write_dataset, change):
+    folder = write_dataset()
+    for path in _every_file(folder):
+        whole = path.read_bytes()
+        if change == "truncated":
+            path.write_bytes(whole[:-1])
+        elif change == "longer":
+            path.write_bytes(whole + b"\0")
+        elif change == "missing":
+            path.unlink()
+        else:
+            other = folder / path.name.replace("shard-00000", "shard-00002").replace("shard-00001", "shard-00000")
+            if other == path or len(other.read_bytes()) == len(whole):
+                continue
+            path.write_bytes(other.read_bytes())
+        with pytest.raises(WorkError, match="restore"):
+            Dataset(folder)
+        path.write_bytes(whole)
+    Dataset(folder)
+
+
+@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, data):
+    prefix = tmp_path / "pair"
+    writer = IndexedWriter(prefix, "int32")
+    sequences = [[1, 2, 3], [7], [], [9, 10]]
+    for sequence in sequences:
+        writer.add(np.asarray(sequence))
+        writer.end_document()
+    writer.close()
+    idx = tmp_path / "pair.idx"
+    whole = bytearray(idx.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    idx.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole), len(whole) - 3, 20]))])
+    try:
+        opened = IndexedFile(prefix, "int32")
+        found = [opened[i].tolist() for i in range(len(opened))]
+    except MedgptError:
+        return
+    assert found == sequences
+
+
+@settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_mutation_of_the_manifest_is_a_typed_error_or_a_dataset(write_dataset, tmp_path, data):
+    folder = tmp_path / "dataset"
+    if not folder.exists():
+        write_dataset(num_samples=3, per_shard=3)
+        (tmp_path / "whole").write_bytes((folder / "dataset.json").read_bytes())
+    whole = bytearray((tmp_path / "whole").read_bytes())
+    whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(32, 126))
+    (folder / "dataset.json").write_bytes(whole)
+    with contextlib.suppress(MedgptError):
+        Dataset(folder)
+
+
+@pytest.mark.parametrize("name", ["../evil", "shard-00000/../x", "shard-1"])
+def test_a_shard_name_that_is_a_path_is_refused(write_dataset, name):
+    folder = write_dataset()
+    raw = json.loads((folder / "dataset.json").read_text())
+    raw["shards"][0]["name"] = name
+    (folder / "dataset.json").write_text(json.dumps(raw))
+    with pytest.raises(WorkError, match="damaged"):
+        Dataset(folder)
+
+
+def test_a_dataset_of_another_tokenizer_is_refused_by_name(write_dataset):
+    with pytest.raises(UsageError, match=r"was made by tokenizer .* set tokenizer"):
+        Dataset(write_dataset(), tokenizer_fingerprint="0" * 64)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="medgpt ingest"):
+        Dataset(tmp_path)
+
+
+def test_a_pixel_record_comes_back_and_a_broken_one_is_refused():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    record = np.frombuffer(pack_pixels(pixels), np.uint8)
+    np.testing.assert_array_equal(unpack_pixels(record), pixels)
+    for broken in (record[:-1], record[:6], record[1:]):
+        with pytest.raises(WorkError, match="not a pixel record"):
+            unpack_pixels(broken)

@@ -1,0 +1,68 @@
+"""One rank of the layout test: scores the questions in several layouts with the weights of one checkpoint.
+
+Usage: likelihood_worker.py FOLDER LAYOUT [LAYOUT ...], a layout being "tensor,pipeline,expert". The first call writes
+the checkpoint; every rank writes FOLDER/LAYOUT-rankN.json for each layout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_medgpt.checkpoint.load import load_checkpoint
+from megatron_medgpt.checkpoint.save import CheckpointFacts, save_checkpoint
+from megatron_medgpt.checkpoint.state import load_weights, model_state
+from megatron_medgpt.config.presets import TINY, TINY_CLIP
+from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.evaluate.command import run_eval
+from megatron_medgpt.evaluate.forward import LayoutForward
+from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
+from megatron_medgpt.model.build import build_model
+from megatron_medgpt.parallel import groups as process_groups
+from megatron_medgpt.parallel.plan import make_layout
+from megatron_medgpt.types import ImageSpec
+
+MODEL = ModelConfig(language=replace(TINY, vocab_size=512), vision=TINY_CLIP)
+IMAGE = ImageSpec(
+    size_px=TINY_CLIP.image_size_px, mean=TINY_CLIP.mean, std=TINY_CLIP.std, num_tokens=MODEL.tokens_per_image
+)
+
+
+def main(folder: Path, layouts: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = process_groups.start(timeout_s=60, kind="cpu")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for text in layouts:
+        tensor, pipeline, expert = (int(degree) for degree in text.split(","))
+        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
+        layout = make_layout(parallel, MODEL, world.size)
+        groups = process_groups.build_groups(layout)
+        chunks = build_model(MODEL, layout=layout, groups=groups, dtype=torch.float32)
+        checkpoints = folder / "checkpoints"
+        if not checkpoints.exists():
+            save_checkpoint(
+                checkpoints, 1, model_state(chunks, groups), CheckpointFacts(step=1), parallel_group=groups.dp_cp
+            )
+        loaded, _ = load_checkpoint(checkpoints / "step-00000001", model_state(chunks, groups), weights_only=True)
+        load_weights(chunks, loaded)
+        engine = LikelihoodEngine(
+            LayoutForward(chunks, groups, torch.device("cpu")), tokenizer=tokenizer, image=IMAGE, sequence_length=192,
+            num_rows=2, batches_per_call=2, reader="pillow",
+        )  # fmt: skip
+        out = folder / text / "eval.json"
+        _, items = run_eval(
+            "phantoms", folder / "set", out, engine=engine, protocol="chat-likelihood", writes=world.rank == 0
+        )
+        losses = {item.question.question_id: [item.error, item.option_losses] for item in items}
+        (folder / f"{text}-rank{world.rank}.json").write_text(json.dumps(losses))
+        process_groups.destroy_groups()
+    process_groups.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,108 @@
+"""Option likelihoods are the same numbers in every layout, on every rank, whatever shares a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from question_folders import omnimedvqa_folder, read_questions, write_questions
+
+from megatron_medgpt.data.text import train_tokenizer
+
+HERE = Path(__file__).parent
+LAYOUTS = ("1,2,1", "1,1,1", "2,1,2")
+
+
+def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 150) -> None:
+    """Start the worker on ``world_size`` processes, each a session of its own, and end all of them in any case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    try:
+        for rank in range(world_size):
+            environment = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            log = (folder / f"world{world_size}-rank{rank}.log").open("w")
+            command = [sys.executable, str(HERE / "likelihood_worker.py"), str(folder), *layouts]
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            )
+        for rank, process in enumerate(processes):
+            assert process.wait(timeout_s) == 0, (folder / f"world{world_size}-rank{rank}.log").read_text()[-3000:]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    # 21 questions: neither the batches nor the rounds come out even over two ranks.
+    omnimedvqa_folder(folder / "set", num_questions=21, questions_per_image=2)
+    rows = read_questions(folder / "set")
+    (folder / "set" / "Images" / "3.png").write_bytes(b"<html>not found</html>")
+    whole = (folder / "set" / "Images" / "5.png").read_bytes()
+    (folder / "set" / "Images" / "5.png").write_bytes(whole[: len(whole) // 2])
+    del rows[4]["option_D"], rows[5]["option_C"], rows[5]["option_D"]
+    rows[9]["question"] = "What is it? " * 200
+    write_questions(folder / "set", rows)
+    train_tokenizer(["What is number 3? PET scan CT scan Blood test Fundus imaging"] * 20, folder / "tokenizer", 400)
+    run_ranks(1, folder, ("1,1,1",))
+    (folder / "1,1,1-rank0.json").rename(folder / "single.json")
+    (folder / "1,1,1").rename(folder / "single")
+    run_ranks(2, folder, LAYOUTS)
+    return folder
+
+
+def read(path: Path) -> dict[str, list]:
+    return json.loads(path.read_text())
+
+
+def test_broken_pictures_and_long_questions_fail_alone_and_count(folder):
+    failed = {key: error for key, (error, _) in read(folder / "single.json").items() if error}
+    assert sorted(failed) == ["P_0006", "P_0007", "P_0009", "P_0010", "P_0011"]
+    assert "not a readable picture" in failed["P_0006"]
+    assert "positions" in failed["P_0009"]
+    assert "does not decode" in failed["P_0010"]
+    result = json.loads((folder / "single" / "eval.json").read_text())
+    assert (result["n"], result["failed"]) == (21, 5)
+
+
+def test_every_question_has_one_loss_per_option(folder):
+    counts = [len(losses) for error, losses in read(folder / "single.json").values() if not error]
+    assert sorted(counts) == [2, 3] + [4] * 14
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_equal_the_single_process(folder, layout):
+    single, split = read(folder / "single.json"), read(folder / f"{layout}-rank0.json")
+    assert single.keys() == split.keys()
+    for key, (error, losses) in single.items():
+        assert (error is None) == (split[key][0] is None)
+        if error is None:
+            # float32 throughout: 4 layers of sums of 64 terms in another order, about 60 roundings of 2^-24 each
+            np.testing.assert_allclose(split[key][1], losses, rtol=60 * 2**-24)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_hold_the_same_answers(folder, layout):
+    assert read(folder / f"{layout}-rank0.json") == read(folder / f"{layout}-rank1.json")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_controls_are_the_same_in_every_layout(folder, layout):
+    single, split = (json.loads((folder / name / "eval.json").read_text()) for name in ("single", layout))
+    assert split["controls"] == single["controls"]
+    assert split["accuracy"] == single["accuracy"]

@@ -1,0 +1,151 @@
+"""Scoring recorded answers: denominators, failures, tables, intervals, the paired test."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from question_folders import OPTIONS, omnimedvqa_folder, write_predictions
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.evaluate.paired import compare, mcnemar_exact, read_verdicts
+from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction, read_predictions
+from megatron_medgpt.evaluate.result import bootstrap_interval
+from megatron_medgpt.evaluate.score import items_path, score
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return omnimedvqa_folder(tmp_path / "set")
+
+
+def right_answers(n=16):
+    return {f"P_{i:04d}": OPTIONS[i % 4] for i in range(n)}
+
+
+def test_all_right_is_one_and_every_table_adds_up(folder, tmp_path):
+    out = tmp_path / "eval" / "result.json"
+    result = score("omnimedvqa", folder, write_predictions(tmp_path / "p.jsonl", right_answers()), "official-qa", out)
+    assert (result["n"], result["correct"], result["accuracy"], result["macro_by_modality"]) == (16, 16, 1.0, 1.0)
+    assert result["ci95"] == [1.0, 1.0]
+    assert sum(cell["n"] for cell in result["by_modality"].values()) == 16
+    assert sum(cell["n"] for cell in result["by_question_type"].values()) == 16
+    assert sum(c["n"] for row in result["by_modality_and_question_type"].values() for c in row.values()) == 16
+    assert json.loads(out.read_text()) == result
+    assert all(read_verdicts(items_path(out)).values())
+
+
+def test_what_was_not_answered_is_wrong_and_counted(folder, tmp_path):
+    answers = right_answers()
+    del answers["P_0000"]
+    answers |= {"P_0001": "", "P_0002": None, "P_0003": "<|channel|>analysis<|message|>It could be", "elsewhere": "x"}
+    result = score("omnimedvqa", folder, write_predictions(tmp_path / "p.jsonl", answers), "letter")
+    assert (result["n"], result["correct"], result["failed"]) == (16, 12, 4)
+    assert result["predictions"]["missing"] == 1
+    assert result["predictions"]["unknown_ids"] == 1
+
+
+def test_errors_of_an_engine_are_wrong_even_with_the_right_text(folder, tmp_path):
+    path = write_predictions(tmp_path / "p.jsonl", right_answers())
+    with AnswerFile(path) as file:
+        file.write([Prediction(question_id="P_0005", text=OPTIONS[1], error="timeout")])
+    result = score("omnimedvqa", folder, path, "official-qa")
+    assert (result["correct"], result["failed"], result["predictions"]["repeated_ids"]) == (15, 1, 1)
+
+
+def test_strict_accuracy_leaves_similarity_out(folder, tmp_path):
+    letters = {f"P_{i:04d}": "ABCD"[i % 4] for i in range(8)} | {f"P_{i:04d}": OPTIONS[i % 4] for i in range(8, 16)}
+    result = score("omnimedvqa", folder, write_predictions(tmp_path / "p.jsonl", letters), "letter")
+    assert (result["accuracy"], result["unparsed"], result["accuracy_strict"]) == (1.0, 8, 0.5)
+
+
+def test_option_losses_are_scored_under_the_likelihood_protocols(folder, tmp_path):
+    path = tmp_path / "p.jsonl"
+    with AnswerFile(path) as file:
+        for i in range(16):
+            losses = [2.0, 2.0, 2.0, 2.0]
+            losses[i % 4 if i < 12 else (i + 1) % 4] = 1.0
+            file.write([Prediction(question_id=f"P_{i:04d}", option_losses=tuple(losses))])
+    result = score("omnimedvqa", folder, path, "official-prefix")
+    assert (result["correct"], result["failed"]) == (12, 0)
+    with pytest.raises(UsageError, match="unknown"):
+        score("omnimedvqa", folder, path, "official")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"not json\n", "line 1 is not JSON"),
+        (b'{"question_id": "P_0000"}\n', "line 1: expected"),
+        (b'{"question_id": "x", "prediction": "A"}\n', "none of its 1 question ids"),
+        (b'{"question_id": "P_0000", "prediction": "\xff"}\n', "not UTF-8"),
+        (b'{"question_id": "P_0000", "option_losses": "low"}\n', "list of numbers"),
+    ],
+)
+def test_bad_prediction_files_are_refused_by_name(folder, tmp_path, content, words):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        score("omnimedvqa", folder, path)
+
+
+def test_an_answer_file_cut_in_two_continues_with_whole_lines(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b'{"question_id": "a", "prediction": "x"}\n{"question_id": "b", "predic')
+    with AnswerFile(path) as file:
+        file.write([Prediction(question_id="c", text="ä")])
+    answers, repeated = read_predictions(path, resuming=True)
+    assert (sorted(answers), repeated) == (["a", "c"], 0)
+    assert answers["c"].text == "ä"
+
+
+def test_questions_without_options_refuse_letters(tmp_path):
+    table = tmp_path / "questions.csv"
+    table.write_text("question_id,question,answer\na,Q?,yes\n")
+    predictions = write_predictions(tmp_path / "p.jsonl", {"a": "Yes."})
+    with pytest.raises(UsageError, match="short-answer"):
+        score("table", table, predictions, "letter")
+    result = score("table", table, predictions)
+    assert (result["protocol"], result["accuracy"]) == ("short-answer", 1.0)
+    assert "token_f1" in result
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        correct = (random.random(300) < 0.7).astype(float)
+        low, high = bootstrap_interval(correct, [str(i) for i in range(300)])
+        covered += low <= 0.7 <= high
+    # 95 % of 60 is 57; fewer than 51 has a probability below 0.001 under the binomial law
+    assert covered >= 51
+
+
+def test_questions_about_one_picture_widen_the_interval():
+    correct = np.repeat([1.0, 0.0] * 10, 10)
+    apart = bootstrap_interval(correct, [str(i) for i in range(200)])
+    together = bootstrap_interval(correct, [str(i // 10) for i in range(200)])
+    assert together[1] - together[0] > 2 * (apart[1] - apart[0])
+    assert together == bootstrap_interval(correct, [str(i // 10) for i in range(200)])
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (3, 3), (1, 9), (9, 1), (2, 5)])
+def test_mcnemar_equals_counting_all_coin_tosses(first, second):
+    n = first + second
+    extreme = abs(first - second)
+    outcomes = [abs(n - 2 * sum(toss)) for toss in product((0, 1), repeat=n)]
+    assert mcnemar_exact(first, second) == pytest.approx(sum(o >= extreme for o in outcomes) / len(outcomes))
+
+
+def test_the_paired_test_needs_the_same_questions():
+    assert compare({"a": True, "b": False}, {"a": True, "b": True})["difference"] == 0.5
+    with pytest.raises(UsageError, match="differ in 2 questions"):
+        compare({"a": True}, {"b": True})
+
+
+def test_mcnemar_stays_finite_on_the_whole_benchmark():
+    assert 0 < mcnemar_exact(22_000, 22_400) < 0.1

@@ -1,0 +1,237 @@
+"""The report: whole from a whole run, honest from a part of one, one file that asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import json
+import math
+import re
+
+import pytest
+from PIL import Image
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.observe.report import write_report
+from megatron_medgpt.observe.report.charts import short_number
+from megatron_medgpt.observe.report.curves import read_metrics
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and text, and checks that elements close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.faults = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"{tag} closed out of order at {self.getpos()}")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def evaluation(task="phantoms", protocol="letter", **more):
+    cell = {"n": 4, "correct": 3, "accuracy": 0.75}
+    return {
+        "task": task, "protocol": protocol, "n": 4, "correct": 3, "accuracy": 0.75, "macro_by_modality": 0.75,
+        "by_modality": {"CT": cell}, "by_question_type": {"Place": cell, "Shape": cell},
+        "by_modality_and_question_type": {"CT": {"Place": cell}}, "unparsed": 1, "failed": 2, "truncated": 0,
+        "ci95": [0.5, 0.9], "chance": 0.25, "problems": {"missing_image": 2}, "controls": {"blank_image": 0.26},
+        "controls_ci95": {"blank_image": [0.2, 0.3]}, "engine": "step-3",
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    rows = []
+    for step in range(1, 401):
+        row = {"step": step, "stage": "align" if step <= 150 else "instruct", "loss": 5 / step + 0.1, "lr": 1e-3,
+               "grad_norm": 1.0, "tokens": 100, "tokens_per_s": 1e4, "step_s": 0.5, "time/data_s": 0.01}  # fmt: skip
+        if step % 100 == 0:
+            row |= {"validation_loss": 0.3, "expert_load/ct image": [0.7, 0.3], "expert_entropy/ct image": 0.88}
+        rows.append(row)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40')
+    (tmp_path / "run.yaml").write_text(
+        "name: <b>run</b>\nseed: 7\nparallel: {tensor: 2}\nstages:\n"
+        "- {name: align, num_steps: 150, frozen: [language], data: [{path: data/a, weight: 2.0}]}\n"
+        "- {name: instruct, num_steps: 300, data: [{path: gone}]}\n"
+    )
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "dataset.json").write_text(
+        json.dumps({"num_samples": 5, "num_images": 4, "num_tokens": 1234, "rejects": {"truncated": 3}})
+    )
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "a.json").write_text(json.dumps(evaluation()))
+    (tmp_path / "eval" / "a.answers.json").write_text(json.dumps({"engine": "x"}))
+    card = {"question": "Where <here>?", "options": ["left", "right"], "answer": "left", "prediction": "right",
+            "correct": False, "modality": "CT", "question_type": "Place", "image_png_base64": picture()}  # fmt: skip
+    (tmp_path / "eval" / "gallery.json").write_text(json.dumps([card]))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"seconds": 61, "layouts": ["EP2", "TP2"], "versions": {"torch": "9"}})
+    )
+    return tmp_path
+
+
+def page_of(folder):
+    text = write_report(folder).read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_the_page_is_well_formed_and_complete(run):
+    page, _ = page_of(run)
+    assert page.faults == []
+    assert page.open == []
+    said = " ".join(" ".join(page.text).split())
+    for words in ("75.0%", "Blank image", "26.0%", "TP2", "1,234", "3 truncated", "all but language", "150 of 150",
+                  "250 of 300", "problem: missing image", "without an answer (wrong)", "Where <here>?", "0.88",
+                  "not for clinical use", "0:01:01"):  # fmt: skip
+        assert words in said, words
+
+
+def test_nothing_is_fetched_from_anywhere(run):
+    page, text = page_of(run)
+    assert page.all("script") == page.all("link") == page.all("iframe") == []
+    sources = [attrs["src"] for attrs in page.all("img")]
+    assert sources
+    assert all(source.startswith("data:image/") for source in sources)
+    assert all(attrs["href"].startswith("#") for attrs in page.all("a"))
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_names_from_files_are_text_and_never_markup(run):
+    text = page_of(run)[1]
+    assert "<b>" not in text
+    assert "&lt;b&gt;run&lt;/b&gt;" in text
+
+
+def test_readers_without_eyes_or_mouse_find_their_way(run):
+    page, _ = page_of(run)
+    assert len(page.all("h1")) == len(page.all("main")) == len(page.all("nav")) == 1
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(attrs.get("alt") for attrs in page.all("img"))
+    assert all(attrs.get("aria-label") for attrs in page.all("svg"))
+    assert all(attrs.get("scope") for attrs in page.all("th"))
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert all(attrs["href"][1:] in ids for attrs in page.all("a"))
+    assert all(attrs["aria-labelledby"] in ids for _, attrs in page.tags if "aria-labelledby" in attrs)
+    scrolling = [attrs for _, attrs in page.tags if attrs.get("class") == "scroll"]
+    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolling)
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_from_its_ground_in_light_and_dark(run):
+    _, text = page_of(run)
+    light, dark = re.findall(r":root \{(.*?)\}", text, re.S)[:2]
+    for theme in (light, dark):
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
+        for ink in ("text", "soft", "accent", "good", "bad", "c0", "c1", "c2", "c3", "c4", "c5"):
+            for ground in ("page", "card"):
+                bright, dim = sorted((luminance(colours[ink]), luminance(colours[ground])), reverse=True)
+                # WCAG 2.2, 1.4.3: 4.5 for text
+                assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, ground)
+
+
+def test_published_figures_stand_only_beside_their_task_and_protocol(run):
+    assert "Lingshu" not in page_of(run)[1]
+    (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "letter")))
+    assert "Lingshu" in page_of(run)[1]
+    (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "official-qa")))
+    assert "Lingshu" not in page_of(run)[1]
+    assert "50.2%" in page_of(run)[1]
+    (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "chat-likelihood")))
+    assert "Published" not in page_of(run)[1]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.yaml", "summary.json", "eval"])
+def test_a_part_of_a_run_gives_a_page_of_what_is_there(run, tmp_path_factory, name):
+    alone = tmp_path_factory.mktemp("part")
+    (run / name).rename(alone / name)
+    page, _ = page_of(alone)
+    assert page.faults == []
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds none of"):
+        write_report(tmp_path)
+    with pytest.raises(UsageError, match="no such run folder"):
+        write_report(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.yaml", "a: ["), ("summary.json", "{"), ("eval/a.json", "{"), ("eval/gallery.json", "{}"),
+        ("eval/gallery.json", '[{"question": "Q"}]'),
+        ("eval/gallery.json",
+         '[{"question": "Q", "answer": "", "prediction": "", "correct": true, "image": "../run.yaml"}]'),
+        ("metrics.jsonl", "what\n"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_named_and_no_page_is_left(run, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(WorkError, match=re.escape(name.split("/")[-1])):
+        write_report(run)
+    assert not (run / "report.html").exists()
+    assert not list(run.glob(".report*"))
+
+
+def test_steps_that_restart_with_a_stage_go_on_in_the_picture(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    path.write_text("".join(json.dumps({"step": step, "stage": stage, "loss": 1.0}) + "\n" for stage, step in steps))
+    metrics = read_metrics(path)
+    assert [row["x"] for row in metrics.rows] == [1, 2, 3, 4]
+    assert [(span.name, span.first, span.last) for span in metrics.stages] == [("a", 1, 2), ("b", 3, 4)]
+
+
+def test_thinning_keeps_means_and_extremes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    losses = [math.sin(i) for i in range(32_000)]
+    losses[12_345] = 50.0
+    path.write_text("".join(json.dumps({"step": i, "loss": loss}) + "\n" for i, loss in enumerate(losses)))
+    series = read_metrics(path).series("loss")
+    assert len(series.xs) == 320
+    assert max(series.highs) == 50.0
+    assert sum(series.ys) / 320 == pytest.approx(sum(losses) / len(losses))
+
+
+def test_values_that_are_not_numbers_do_not_break_a_curve(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 401, "stage": "instruct", "loss": "nan", "grad_norm": None}) + "\n")
+    assert page_of(run)[0].faults == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (2e-5, "2e-5"), (0.034, "0.034"), (1234.0, "1234"), (35_200.0, "35.2k"), (1.2e6, "1.2M"), (-3e9, "-3G")],
+)
+def test_figures_are_short(value, text):
+    assert short_number(value) == text

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.load import load_run
+from megatron_medgpt.config.presets import GPT_OSS_20B, TINY, TINY_CLIP
+from megatron_medgpt.config.schema import BlendConfig, ModelConfig, ParallelConfig, StageConfig
+from megatron_medgpt.parallel.hardware import accelerator
+from megatron_medgpt.parallel.memory import chunks_in_flight, rank_memory
+from megatron_medgpt.parallel.plan import make_layout
+from megatron_medgpt.parallel.plan_command import run_plan
+from megatron_medgpt.parallel.planner import Request, balanced_split, make_plan
+
+MODEL = ModelConfig(language=GPT_OSS_20B)
+REQUEST = Request(model=MODEL, num_gpus=8, gpu=accelerator("h100"))
+STAGE = StageConfig(name="s", data=(BlendConfig(path="d"),), num_steps=1, sequence_length=4096, global_batch_rows=64)
+
+
+def memory(parallel: ParallelConfig, world: int, rank: int = 0, **changes):
+    layout = make_layout(parallel, MODEL, world)
+    options = {"precision": "bf16", "recompute": "layer", "pipeline_rank": rank, **changes}
+    return rank_memory(MODEL, layout, STAGE, **options)
+
+
+def test_four_stages_of_the_20b_balance_to_7_7_7_3():
+    assert balanced_split(REQUEST, tensor=1, pipeline=4, virtual=1, expert=2) == (7, 7, 7, 3)
+
+
+def test_a_head_that_few_tokens_reach_gets_more_layers_beside_it():
+    from dataclasses import replace
+
+    split = balanced_split(replace(REQUEST, target_share=0.1), tensor=1, pipeline=4, virtual=1, expert=2)
+    assert split == (6, 6, 6, 6)
+
+
+def test_an_encoder_takes_layers_from_the_first_stage():
+    from dataclasses import replace
+
+    split = balanced_split(replace(REQUEST, images_per_row=6.0), tensor=1, pipeline=4, virtual=1, expert=2)
+    assert split[0] < split[1]
+
+
+def test_every_layout_offered_fits_and_the_fastest_comes_first():
+    plan = make_plan(REQUEST, keep=50)
+    limit = 0.97 * REQUEST.gpu.memory_bytes
+    assert plan.best
+    assert all(candidate.peak_bytes <= limit for candidate in plan.best)
+    assert plan.best[0].step.total <= 1.04 * min(candidate.step.total for candidate in plan.best)
+    assert sum(plan.refused.values()) > 0
+
+
+def test_training_state_is_the_derived_18_bytes_a_parameter():
+    """20B on 8 GPUs, EP8: 2.389 B expert parameters at 18 bytes (43.0 GB); attention, embedding, head, encoder and
+    projector at 6 + 12 / 8."""
+    state = memory(ParallelConfig(expert=8), 8)
+    others = 24 * 26.55e6 + 2 * 579.1e6 + 290.9e6 + 11.2e6
+    assert (state.weights + state.gradients + state.optimizer) / 1e9 == pytest.approx(43.0 + 7.5e-9 * others, rel=0.002)
+
+
+def test_frozen_experts_as_mxfp4_take_a_quarter_of_their_weights():
+    from dataclasses import replace
+
+    frozen = replace(STAGE, frozen=("experts", "language", "router", "encoder"))
+    layout = make_layout(ParallelConfig(), MODEL, 1)
+    options = {"precision": "bf16", "recompute": "layer", "pipeline_rank": 0}
+    plain, packed = (
+        rank_memory(MODEL, layout, frozen, mxfp4_frozen=mxfp4, **options).weights for mxfp4 in (False, True)
+    )
+    assert packed < 0.35 * plain
+
+
+def test_interleaving_holds_more_micro_batches_in_flight():
+    plain = make_layout(ParallelConfig(pipeline=4), MODEL, 4)
+    virtual = make_layout(ParallelConfig(pipeline=4, virtual_pipeline=3), MODEL, 4)
+    assert [chunks_in_flight(plain, r, 64) for r in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(virtual, r, 64) / 3 for r in range(4)] == pytest.approx([5, 13 / 3, 11 / 3, 3])
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would_come_nearest():
+    with pytest.raises(UsageError, match=r"does not fit 1 x h100 .* nearest: .* GiB\. Take more GPUs") as caught:
+        run_plan("gpt-oss-20b", gpus=1, gpu="h100")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": "gpt-5", "gpus": 8}, "neither a preset"),
+        ({"model": "tiny", "gpus": 8, "gpu": "tpu"}, "--gpu tpu: not known"),
+        ({"model": "tiny", "gpus": 0}, "--gpus 0"),
+        ({"model": "tiny", "gpus": 8, "frozen": ["heart"]}, "--frozen names 'heart'"),
+        ({"model": "tiny", "gpus": 8, "vision": "eye"}, "--vision eye"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_option(arguments, says):
+    with pytest.raises(UsageError, match=says):
+        run_plan(**arguments)
+
+
+def test_the_written_run_loads_and_is_the_recommended_one(tmp_path):
+    out = tmp_path / "run.yaml"
+    tree = json.loads(run_plan("gpt-oss-20b", gpus=16, gpu="h100", json=True, out=out))
+    run = load_run(out)
+    assert run.parallel.expert == tree["layouts"][0]["parallel"]["expert"]
+    assert run.stages[0].micro_batch_rows == tree["layouts"][0]["micro_batch_rows"]
+
+
+def test_the_table_names_layouts_stages_and_refusals(tmp_path):
+    text = run_plan("gpt-oss-20b", gpus=16, gpu="h100", plot=tmp_path / "plan.png")
+    assert "tok/s/GPU" in text
+    assert "images/s" in text
+    assert "refused: needs more than" in text
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_a_model_can_be_given_as_yaml(tmp_path):
+    (tmp_path / "m.yaml").write_text("model:\n  language: tiny\n  vision: tiny-clip\n")
+    tree = json.loads(run_plan(str(tmp_path / "m.yaml"), gpus=2, sequence_length=256, json=True))
+    assert ModelConfig(language=TINY, vision=TINY_CLIP).tokens_per_image < 256
+    assert tree["parameters"]["experts"] > 0

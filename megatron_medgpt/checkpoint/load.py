@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from megatron_medgpt.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
+    STEP_NAME,
     CheckpointFacts,
     Manifest,
     altered_files,
     check_listing,
     listed,
     read_manifest,
+    step_folder_name,
     step_folders,
 )
 from megatron_medgpt.checkpoint.metadata import StoredTensor, stored_tensors
@@ -63,6 +67,24 @@ def find_latest(folder: Path | str, *, timeout_s: float = 1800.0) -> Path | None
     return None
 
 
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder meant by what people have at hand: itself, a run, its ``checkpoints`` or their ``latest``.
+
+    A folder of checkpoints means its newest whole one (``find_latest``). Collective where torch.distributed runs.
+
+    Raises:
+        UsageError: there is no checkpoint.
+    """
+    path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path.parent if path.name == LATEST else path
+    for candidate in (folder, folder / "checkpoints"):
+        if (newest := find_latest(candidate)) is not None:
+            return newest
+    raise UsageError(f"{path} is no checkpoint and holds none; name a step-NNNNNNNN folder, or the folder of a run")
+
+
 def verify(path: Path | str) -> Manifest:
     """Check a checkpoint's listing and every byte against its manifest; nothing is unpickled. Collective.
 
@@ -74,6 +96,11 @@ def verify(path: Path | str) -> Manifest:
 
     def read() -> Manifest:
         manifest = read_manifest(path)
+        if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != manifest.facts.step:
+            raise UsageError(
+                f"checkpoint {path} was written at step {manifest.facts.step}; give it back the name "
+                f"{step_folder_name(manifest.facts.step)}, or one that is no step"
+            )
         check_listing(path, manifest)
         return manifest
 

@@ -180,9 +180,9 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries (names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (names, renames), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -27,7 +27,7 @@ from megatron_medgpt.checkpoint.manifest import (
     CheckpointFacts,
     FileEntry,
     check_listing,
-    flush_folder,
+    flush,
     hash_file,
     read_manifest,
     step_folder_name,
@@ -180,6 +180,8 @@ def _write(
         names = [path.name for path in staging.glob(f"__{rank}_*.distcp")]
         names += [rank_file(rank)] if rank_state is not None else []
         names += [".metadata", "metadata.json", COMMON] if rank == 0 else []
+        for name in names:  # torch flushes its own; megatron-core's metadata.json is not
+            flush(staging / name)
         return {name: hash_file(staging / name) for name in names}
 
     files: dict[str, FileEntry] = {}
@@ -194,16 +196,16 @@ def _publish(folder: Path, staging: Path, facts: CheckpointFacts, files: dict[st
     target = folder / step_folder_name(facts.step)
     manifest = write_manifest(staging, facts, files)
     check_listing(staging, manifest)
-    flush_folder(staging)
+    flush(staging)
     _reached("manifest written")
     os.rename(staging, target)
-    flush_folder(folder)
+    flush(folder)
     _reached("renamed")
     pointer = folder / f".{LATEST}.{uuid.uuid4().hex[:8]}"
     write_durably(pointer, (target.name + "\n").encode())
     _reached("latest written aside")
     os.replace(pointer, folder / LATEST)
-    flush_folder(folder)
+    flush(folder)
     total = sum(entry.size_bytes for entry in files.values())
     log.info("saved %s (%d files, %.1f MB)", target, len(files), total / 1e6)
     return target

@@ -132,7 +132,7 @@ class StageData:
         if not drop:
             raise UsageError(
                 f"{count} of {self._lengths.size} samples do not fit sequence_length={self.sequence_length} "
-                f"(longest {longest}); set sequence_length to {longest} or leave them out with drop_over_long"
+                f"(longest {longest}); set the stage's sequence_length to at least {longest}, or shorten their texts"
             )
         log.warning("%d of %d samples are longer than %d and left out", count, self._lengths.size, self.sequence_length)
         return count

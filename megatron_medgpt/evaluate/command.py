@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.evaluate.controls import CLIP_MEAN, apply_control
+from megatron_medgpt.evaluate.controls import apply_control
 from megatron_medgpt.evaluate.engine import Engine
 from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction, read_predictions
 from megatron_medgpt.evaluate.result import Item
@@ -31,16 +31,15 @@ def run_eval(
     controls: Sequence[str] = DEFAULT_CONTROLS,
     limit: int | None = None,
     writes: bool = True,
-    mean: tuple[float, float, float] = CLIP_MEAN,
-    size_px: int = 336,
     report: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Answer every question, then again under each control, and write the evaluation file ``out``.
 
     Beside ``NAME.json`` stand ``NAME.answers.jsonl`` (and one per control), written as answers come: the same call
     after a kill answers only what is missing. With several ranks all of them call this, the engine's ``answers`` yields
-    the same on each, and one has ``writes=True``. ``limit`` takes an evenly spread sample. ``mean`` and ``size_px``
-    make the blank picture. ``report(what, done, total)`` is called as answers come.
+    the same on each, and one has ``writes=True``. ``limit`` takes an evenly spread sample.
+    ``report(what, done, total)`` is called as answers come. The blank picture has the mean colour of the engine's own
+    encoder where the engine knows it (``engine.image``), CLIP's otherwise.
 
     Returns the evaluation file's content and the items without control.
 
@@ -52,7 +51,9 @@ def run_eval(
         task = sample(task, limit)
     protocol = protocol or default_protocol(task.questions)
     check_protocol(protocol, task.questions)
-    controlled = {name: apply_control(task.questions, name, mean=mean, size_px=size_px) for name in controls}
+    spec = getattr(engine, "image", None)
+    blank = {} if spec is None else {"mean": spec.mean, "size_px": spec.size_px}
+    controlled = {name: apply_control(task.questions, name, **blank) for name in controls}
     out = Path(out)
     results = {}
     for name, questions in {"": list(task.questions), **controlled}.items():

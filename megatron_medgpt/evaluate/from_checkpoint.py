@@ -16,6 +16,7 @@ from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.forward import LayoutForward
+from megatron_medgpt.evaluate.generate import GreedyEngine
 from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel.groups import World, build_groups
@@ -88,6 +89,28 @@ def open_likelihood_engine(
     return LikelihoodEngine(
         LayoutForward(chunks, groups, world.device), tokenizer=words, image=image_spec(model),
         sequence_length=sequence_length, num_rows=num_rows, description=f"checkpoint {checkpoint.name}",
+    )  # fmt: skip
+
+
+def open_greedy_engine(
+    path: Path, world: World, *, tokenizer: Path | None = None, sequence_length: int = 1024, max_new_tokens: int = 64
+) -> GreedyEngine:
+    """Load a checkpoint of any layout whole into this one process and make it write answers.
+
+    Raises:
+        UsageError: started on more than one rank.
+    """
+    if world.size > 1:
+        raise UsageError(f"written answers of a checkpoint need one process, not {world.size}; leave --nproc at 1")
+    checkpoint = find_checkpoint(path)
+    facts = read_facts(checkpoint)
+    model = model_of(facts)
+    words = find_tokenizer(checkpoint, tokenizer, facts)
+    chunks, _ = load_model(checkpoint, model, world)
+    whole = chunks[0].eval()
+    return GreedyEngine(
+        lambda batch: whole(batch.to(world.device), want="logits"), tokenizer=words, image=image_spec(model),
+        sequence_length=sequence_length, max_new_tokens=max_new_tokens, description=f"checkpoint {checkpoint.name}",
     )  # fmt: skip
 
 

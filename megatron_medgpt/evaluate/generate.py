@@ -46,7 +46,8 @@ class GreedyEngine:
         source: PixelSource | None = None,
     ) -> None:
         self.description = f"{description}, greedy, at most {max_new_tokens} new tokens"
-        self._logits, self._tokenizer, self._image = logits, tokenizer, image
+        self.image = image
+        self._logits, self._tokenizer = logits, tokenizer
         self._questions_per_batch, self._max_new_tokens = questions_per_batch, max_new_tokens
         self._shape = RowShape(
             sequence_length=sequence_length, image_mark_id=tokenizer.image_mark_id, pad_id=tokenizer.pad_id,
@@ -80,7 +81,7 @@ class GreedyEngine:
 
     def _prompt(self, question: Question, protocol: str) -> np.ndarray:
         ids = open_document(question, protocol, self._tokenizer)
-        needed = ids.size + (self._image.num_tokens - 1 if question.image is not None else 0) + self._max_new_tokens
+        needed = ids.size + (self.image.num_tokens - 1 if question.image is not None else 0) + self._max_new_tokens
         if needed > self._shape.sequence_length:
             raise UsageError(
                 f"question {question.question_id} with its answer needs {needed} positions, a row has "

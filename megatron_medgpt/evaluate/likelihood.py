@@ -79,7 +79,8 @@ class LikelihoodEngine:
                 "tensor ranks"
             )
         self.description = description
-        self._forward, self._tokenizer, self._image = forward, tokenizer, image
+        self.image = image
+        self._forward, self._tokenizer = forward, tokenizer
         self._num_rows, self._batches_per_call = num_rows, batches_per_call
         self._shape = RowShape(
             sequence_length=sequence_length, image_mark_id=tokenizer.image_mark_id, pad_id=tokenizer.pad_id,
@@ -112,7 +113,7 @@ class LikelihoodEngine:
         prepared, refused = [], []
         for question in questions:
             documents = option_documents(question, protocol, self._tokenizer)
-            extra = self._image.num_tokens - 1 if question.image is not None else 0
+            extra = self.image.num_tokens - 1 if question.image is not None else 0
             lengths = tuple(ids.size + extra for ids, _ in documents)
             if not documents or len(pack_rows(lengths, self._shape.sequence_length)) not in range(
                 1, self._num_rows + 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import ParallelConfig
-from megatron_medgpt.evaluate.scorers import LIKELIHOOD
+from megatron_medgpt.evaluate.scorers import GENERATIVE, LIKELIHOOD
 from megatron_medgpt.parallel.launch import launched, run_ranks
 
 
@@ -46,9 +46,10 @@ def evaluate_model(
     if len(given) != 1:
         raise UsageError(f"eval needs exactly one of --checkpoint, --hf, --endpoint; got {', '.join(given) or 'none'}")
     if checkpoint is not None:
-        if protocol not in LIKELIHOOD:
+        if protocol in GENERATIVE and num_ranks > 1:
             raise UsageError(
-                f"--protocol {protocol} needs written answers; a checkpoint serves {', '.join(LIKELIHOOD)}"
+                f"--protocol {protocol} writes answers, which a checkpoint does in one process: leave --nproc at 1, or "
+                f"use {' or '.join(LIKELIHOOD)}"
             )
         if num_ranks > 1 and not launched():
             return run_ranks(arguments, num_ranks)
@@ -70,7 +71,7 @@ def _with_checkpoint(
 ) -> None:  # fmt: skip
     import torch
 
-    from megatron_medgpt.evaluate.from_checkpoint import open_likelihood_engine
+    from megatron_medgpt.evaluate.from_checkpoint import open_greedy_engine, open_likelihood_engine
     from megatron_medgpt.observe.log import set_up_log
     from megatron_medgpt.parallel import groups
 
@@ -79,9 +80,13 @@ def _with_checkpoint(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     world = groups.start()
     try:
-        engine = open_likelihood_engine(
-            checkpoint, world, parallel=parallel, tokenizer=tokenizer, sequence_length=sequence_length
-        )
+        engine: Any
+        if protocol in GENERATIVE:
+            engine = open_greedy_engine(checkpoint, world, tokenizer=tokenizer, sequence_length=sequence_length)
+        else:
+            engine = open_likelihood_engine(
+                checkpoint, world, parallel=parallel, tokenizer=tokenizer, sequence_length=sequence_length
+            )
         _run(task, data, out, engine, protocol=protocol, limit=limit, controls=controls, writes=world.is_first)
     finally:
         groups.stop()

@@ -2,8 +2,7 @@
 
 Each look follows the physics that makes its modality recognisable: CT is a map of Hounsfield units with fat, bone and
 quantum noise; MR has a coil's bias field and Rician noise; X-ray is the log of a projection through lungs, ribs and
-heart; ultrasound is speckle in a fan, attenuated with depth. Everything is numpy; pictures of one seed are the same
-everywhere.
+heart; ultrasound is speckle in a fan, attenuated with depth. The same seed and numpy give the same picture.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _columns(row: dict[str, Any], mapping: dict[str, str], table: Path) -> dict[
         found = [column for column in row if column.lower() in known]
         if len(found) > 1 and name in ("image", "text"):
             raise UsageError(
-                f"{table} has several columns for {name}: {', '.join(found)}; choose with --map {name}=..."
+                f"{table} has several columns for {name}: {', '.join(found)}; choose with --map {name}={found[0]}"
             )
         if found:
             columns[name] = found[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from medgpt_kernels.sink_attention.op import PackedRows, sink_attention
 from torch import Tensor, nn
 
-from medgpt_kernels.sink_attention.op import PackedRows, sink_attention
 from megatron_medgpt.model.rope import cosine_sine, rotate
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 

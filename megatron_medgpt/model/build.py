@@ -42,7 +42,8 @@ def build_model(
     """
     if model.language.vocab_size % layout.tensor:
         raise UsageError(
-            f"model.language.vocab_size={model.language.vocab_size} is not a multiple of parallel.tensor={layout.tensor}"
+            f"model.language.vocab_size={model.language.vocab_size} is not a multiple of "
+            f"parallel.tensor={layout.tensor}; use a tensor degree that divides it"
         )
     kernels = kernels or KernelConfig()
     config = engine_config(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from medgpt_kernels.grouped_mlp import op, reference
 from torch import Tensor, nn
 
-from medgpt_kernels.grouped_mlp import op, reference
 from megatron_medgpt.model.attention import RowInfo, mark_slice
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 from megatron_medgpt.types import MODALITIES
@@ -37,8 +37,8 @@ class Router(MegatronModule):
     Parameters: ``weight`` (E, H), ``bias`` (E,), replicated; their gradients are summed over the tensor group because
     each tensor rank routes its own slice of the sequence.
 
-    Options of the config: ``router_balance_coefficient`` (Switch loss, Fedus et al. 2021, equation 4, over the tokens of
-    the micro-batch row set) and ``router_z_coefficient`` (Zoph et al. 2022, equation 5). Both are weighted by the
+    Options of the config: ``router_balance_coefficient`` (Switch loss, Fedus et al. 2021, equation 4, over the tokens
+    of the micro-batch) and ``router_z_coefficient`` (Zoph et al. 2022, equation 5). Both are weighted by the
     micro-batch's number of targets, so that after the division by the global count of targets they enter the loss as
     means over micro-batches. Padding counts in neither.
     """

@@ -99,8 +99,8 @@ def build_language(config: EngineConfig, language: LanguageConfig, *, layout: La
 
 
 def _mark_slices(language: Any) -> None:
-    """Say which weights are slices. Up to 0.18 megatron-core does so only where it draws the weights itself, and without
-    the marks ranks above 0 of the tensor group are left out of the gradient norm."""
+    """Say which weights are slices. 0.16.1 does so only where it draws the weights itself (mended by 0.19.2), and
+    without the marks ranks above 0 of the tensor group are left out of the gradient norm."""
     for module in language.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             mark_slice(module.weight, 0)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from medgpt_kernels.sink_attention import op
 from torch import Tensor
 
-from medgpt_kernels.sink_attention import op
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig
 from megatron_medgpt.model.attention import RowInfo
 from megatron_medgpt.model.experts import PADDING_CATEGORY

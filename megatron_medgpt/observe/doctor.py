@@ -232,9 +232,9 @@ def _machine(*, has_gpu: bool) -> list[Finding]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total
-        small = size < SHARED_MEMORY_BYTES
+        small = has_gpu and size < SHARED_MEMORY_BYTES
         mend = "start the container with --shm-size=8g or --ipc=host" if small else ""
-        status: Status = "warning" if small and has_gpu else "ok"
+        status: Status = "warning" if small else "ok"
         findings.append(Finding(name="shared memory", status=status, found=_gigabytes(size), mend=mend))
     free = shutil.disk_usage(Path.cwd()).free
     low = free < FREE_DISK_BYTES

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from megatron_medgpt.config.errors import UsageError
 
 GRACE_S = 20.0
 """Seconds that the other ranks get to end by themselves when one has failed."""
@@ -20,10 +22,49 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def launched() -> bool:
-    """True in a rank that torchrun, srun or ``run_ranks`` has started."""
-    return "RANK" in os.environ or (
-        "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    )
+    """True in a rank that torchrun, srun or ``run_ranks`` has started. Describes the world of an srun task."""
+    if "RANK" not in os.environ and _is_srun_task(os.environ):
+        os.environ.update(world_of_srun(os.environ))
+    return "RANK" in os.environ
+
+
+def _is_srun_task(environment: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and _num_tasks(environment) > 1
+
+
+def _num_tasks(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1"))
+
+
+def world_of_srun(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task that srun has started: one task per rank, no torchrun.
+
+    MASTER_ADDR and MASTER_PORT are taken from the environment where they are set (tools/slurm sets both), else they are
+    the first host of the step and a port made of the job's number.
+
+    Raises:
+        UsageError: Slurm cannot say who the first host is.
+    """
+    world = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(_num_tasks(environment)),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        # "2(x3),1": two tasks on each of three nodes, one on the last
+        "LOCAL_WORLD_SIZE": environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0],
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+    return {**world, "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(nodes)}
+
+
+def _first_host(nodes: str) -> str:
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(f"srun: the first of the nodes {nodes} is not known ({error}); set MASTER_ADDR") from None
+    return shown.stdout.split()[0]
 
 
 def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:

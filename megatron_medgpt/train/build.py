@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import BlendConfig, RunConfig, StageConfig
 from megatron_medgpt.data.loader import Prefetcher, StageData, open_stage
 from megatron_medgpt.data.text import Tokenizer
@@ -66,9 +65,9 @@ class Parts:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
-    data: StageData
-    validation: StageData | None
-    tokenizer: Tokenizer
+    data: StageData = None  # type: ignore[assignment]  # ``build_stage`` fills it; benchmarks bring their own batches
+    validation: StageData | None = None
+    tokenizer: Tokenizer = None  # type: ignore[assignment]
     trace: Trace = field(default_factory=Trace)
     questions: Any = None
     """Validation questions and the engine that answers them, made at the first validation."""
@@ -148,37 +147,37 @@ def open_data(config: RunConfig, stage: StageConfig, blend: tuple[BlendConfig, .
 def build_stage(config: RunConfig, index: int, world: World) -> Parts:
     """Build groups, model, optimizer and data of one stage. Collective: every rank calls it."""
     stage = config.stages[index]
+    tokenizer = Tokenizer.load(Path(config.tokenizer))
+    parts = assemble(config, index, world)
+    parts.tokenizer = tokenizer
+    parts.data = open_data(config, stage, stage.data, tokenizer)
+    if stage.validation_data:
+        parts.validation = open_data(config, stage, stage.validation_data, tokenizer)
+    return parts
+
+
+def assemble(config: RunConfig, index: int, world: World) -> Parts:
+    """What computes in a stage: groups, model, optimizer, schedule; no data. Collective."""
+    stage, dtype = config.stages[index], DTYPES[config.precision]
     layout = check_stage(config, stage, world.size)
     groups = build_groups(layout)
-    place = _place(world, layout, groups)
-    tokenizer = Tokenizer.load(Path(config.tokenizer))
-    check_vocabulary(config, tokenizer)
-    chunks = _wrap(build_model(
-        config.model, layout=layout, groups=groups, dtype=DTYPES[config.precision], kernels=config.kernels,
-        recompute=config.recompute, router_balance_coefficient=stage.router_balance_coefficient,
-        router_z_coefficient=stage.router_z_coefficient, frozen=stage.frozen, seed=config.seed,
-    ), config, groups)  # fmt: skip
-    optimizer = build_optimizer(chunks, stage, dtype=DTYPES[config.precision])
+    models = build_model(
+        config.model, layout=layout, groups=groups, dtype=dtype, kernels=config.kernels, recompute=config.recompute,
+        router_balance_coefficient=stage.router_balance_coefficient, router_z_coefficient=stage.router_z_coefficient,
+        frozen=stage.frozen, seed=config.seed,
+    )  # fmt: skip
+    chunks = _wrap(models, config, groups)
+    optimizer = build_optimizer(chunks, stage, dtype=dtype)
     engine = chunks[0].module.config
     engine.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
     engine.grad_scale_func = optimizer.scale_loss
     no_sync = [chunk.no_sync for chunk in chunks]
     engine.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return Parts(
-        config=config, stage=stage, stage_index=index, layout=layout, groups=groups, place=place,
-        platform=world.platform, chunks=chunks, optimizer=optimizer, schedule=build_schedule(optimizer, stage),
-        data=open_data(config, stage, stage.data, tokenizer),
-        validation=open_data(config, stage, stage.validation_data, tokenizer) if stage.validation_data else None,
-        tokenizer=tokenizer,
+        config=config, stage=stage, stage_index=index, layout=layout, groups=groups,
+        place=_place(world, layout, groups), platform=world.platform, chunks=chunks, optimizer=optimizer,
+        schedule=build_schedule(optimizer, stage),
     )  # fmt: skip
-
-
-def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.model.language.vocab_size:
-        raise UsageError(
-            f"model.language.vocab_size={config.model.language.vocab_size} is smaller than the {tokenizer.vocab_size} "
-            f"tokens of {config.tokenizer}; set it to at least that"
-        )
 
 
 def _place(world: World, layout: Layout, groups: ProcessGroupCollection) -> Place:

@@ -67,7 +67,7 @@ class Cadence:
         self._spans = seconds
 
     def after_step(self, parts: Parts, progress, result: StepResult, seconds: float) -> bool:
-        """Write the step down, validate and save when due.
+        """Write the step down; validate when due.
 
         Returns:
             True when the stage's exit criterion is reached (on every rank).
@@ -86,8 +86,6 @@ class Cadence:
             self.metrics.write(record)
         if self.line is not None:
             self.line.step(record)
-        if progress.stage_step % self.config.checkpoint.interval == 0 and progress.stage_step < parts.stage.num_steps:
-            self.save(parts, progress, stage_end=False)
         return reached_goal
 
     def _record(self, parts: Parts, progress, result: StepResult, seconds: float) -> dict:

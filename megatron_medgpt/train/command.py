@@ -11,6 +11,8 @@ from pathlib import Path
 from megatron_medgpt.config.errors import MedgptError, UsageError
 from megatron_medgpt.config.load import load_run, override_run, to_yaml
 from megatron_medgpt.config.schema import RunConfig
+from megatron_medgpt.data.manifest import MANIFEST, read_manifest
+from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
@@ -58,19 +60,39 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
     layouts = [check_stage(config, stage, num_ranks) for stage in config.stages]
     if not (Path(config.tokenizer) / "tokenizer.json").is_file():
         raise UsageError(f"tokenizer={config.tokenizer}: no tokenizer.json there")
+    words = Tokenizer.load(Path(config.tokenizer))
+    check_vocabulary(config, words)
     for stage in config.stages:
         for blend in (*stage.data, *stage.validation_data):
-            if not (Path(blend.path) / "dataset.json").is_file():
-                raise UsageError(
-                    f"stages.{stage.name}: {blend.path} is not a dataset folder (no dataset.json); make one with "
-                    "`medgpt ingest`"
-                )
+            _check_dataset(stage.name, Path(blend.path), words, config)
         if stage.questions is not None and not Path(stage.questions).is_dir():
             raise UsageError(f"stages.{stage.name}.questions={stage.questions}: no such folder")
     start_from = config.checkpoint.start_from
     if start_from is not None and not (Path(start_from) / "manifest.json").is_file():
         raise UsageError(f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json)")
     return layouts
+
+
+def check_vocabulary(config: RunConfig, words: Tokenizer) -> None:
+    """Refuse a model whose embedding has fewer rows than the tokenizer has tokens."""
+    if words.vocab_size > config.model.language.vocab_size:
+        raise UsageError(
+            f"model.language.vocab_size={config.model.language.vocab_size} is smaller than the {words.vocab_size} "
+            f"tokens of {config.tokenizer}; set it to at least that"
+        )
+
+
+def _check_dataset(stage: str, folder: Path, words: Tokenizer, config: RunConfig) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"stages.{stage}: {folder} is not a dataset folder (no {MANIFEST}); make one with `medgpt ingest`"
+        )
+    manifest, _ = read_manifest(folder)
+    if manifest.tokenizer["sha256"] != words.fingerprint:
+        raise UsageError(
+            f"stages.{stage}: {folder} was made with another tokenizer than {config.tokenizer} (sha256 "
+            f"{manifest.tokenizer['sha256'][:12]}, not {words.fingerprint[:12]}); ingest it again, or set tokenizer="
+        )
 
 
 def train_here(config: RunConfig, *, dry_run: bool) -> int:
@@ -103,7 +125,8 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
             log.info("%s after step %d; checkpoint %s", end.status, end.step, end.checkpoint)
         return 0
     except MedgptError as error:
-        write_marker(Path(config.out), "failed", reason=str(error))
+        if Path(config.out).is_dir() and not dry_run:
+            write_marker(Path(config.out), "failed", reason=str(error))
         raise
     finally:
         groups.stop()

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 
 from megatron_medgpt.config.errors import WorkError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEAT_S = {signal.SIGTERM: 30.0, signal.SIGINT: 3.0, signal.SIGUSR1: 30.0}
+"""A person at a terminal may insist sooner."""
 
 
 class StopRequest:
     """Remembers that a signal has asked this rank to stop.
 
-    The loop adds the flag of all ranks once per step, so they save the same step, whichever of them was told. A second
-    signal of the same kind acts as if there were no handler: a run that hangs while saving can still be ended.
+    The loop adds the flag of all ranks once per step, so they save the same step, whichever of them was told. A later
+    signal acts as if there were no handler: a run that hangs while saving can still be ended. Slurm signals every
+    process of a step and torchrun passes the signal on, so one request arrives several times: repeats within
+    ``REPEAT_S`` count as the same.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._first_s = 0.0
         self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal_name is None:
+            self.signal_name, self._first_s = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._first_s > REPEAT_S[number]:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @property
     def requested(self) -> bool:

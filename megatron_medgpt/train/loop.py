@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
+from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.train.build import Parts
 from megatron_medgpt.train.cadence import Cadence
 from megatron_medgpt.train.consumed import extend
@@ -25,10 +26,28 @@ class Progress:
     lineage: tuple[str, ...] = ()
 
 
-def fit(parts: Parts, progress: Progress, cadence: Cadence, stop: StopRequest) -> Literal["done", "stopped"]:
-    """Train the stage from ``progress.stage_step`` to its end, an exit criterion, or a request to stop."""
+@dataclass(frozen=True, kw_only=True)
+class FitEnd:
+    done: bool
+    """The stage is over: its steps are taken, or its exit criterion is reached."""
+    stop: bool
+    """A signal has asked the run to stop."""
+    checkpoint: Path
+
+
+def fit(parts: Parts, progress: Progress, cadence: Cadence, stop: StopRequest) -> FitEnd:
+    """Train the stage from ``progress.stage_step`` to its end, an exit criterion, or a request to stop, and save there.
+
+    Raises:
+        UsageError: the stage was resumed behind its configured end.
+    """
+    if progress.stage_step >= parts.stage.num_steps:
+        raise UsageError(
+            f"stages.{parts.stage.name}.num_steps={parts.stage.num_steps}, but {progress.stage_step} steps are done "
+            "and the stage was not ended there; set it to more"
+        )
     with parts.batches_from(progress.stage_step) as batches:
-        while progress.stage_step < parts.stage.num_steps:
+        while True:
             started = time.perf_counter()
             result = train_step(parts, batches, step=progress.stage_step, stop_here=stop.requested)
             progress.step += 1
@@ -36,10 +55,10 @@ def fit(parts: Parts, progress: Progress, cadence: Cadence, stop: StopRequest) -
             progress.sample_chain = extend(progress.sample_chain, result.sum_of_ids)
             with parts.trace.span("glue"):
                 reached_goal = cadence.after_step(parts, progress, result, time.perf_counter() - started)
+            done = reached_goal or progress.stage_step == parts.stage.num_steps
+            if done or result.stop_requested or progress.stage_step % parts.config.checkpoint.interval == 0:
+                with parts.trace.span("checkpoint"):
+                    checkpoint = cadence.save(parts, progress, stage_end=done)
             cadence.note_spans(parts.trace.end_step())
-            if result.stop_requested:
-                cadence.save(parts, progress, stage_end=False)
-                return "stopped"
-            if reached_goal:
-                break
-    return "done"
+            if done or result.stop_requested:
+                return FitEnd(done=done, stop=result.stop_requested, checkpoint=checkpoint)

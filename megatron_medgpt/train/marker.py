@@ -1,7 +1,7 @@
 """``state.json`` of a run folder: whether the run goes on, for whoever started it.
 
 Exit codes cannot tell: torchrun returns 1 whether its ranks have saved and stopped or have failed. Launchers requeue a
-run that is ``stopped``, or ``running`` though its processes are gone, and leave alone one that is ``done`` or ``failed``.
+run that is ``stopped``, or ``running`` though its processes are gone; one that is ``done`` or ``failed`` they leave.
 """
 
 from __future__ import annotations

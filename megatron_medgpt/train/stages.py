@@ -53,13 +53,14 @@ def run_stages(config: RunConfig, world: World) -> RunEnd:
                 parts.stage.sequence_length, progress.stage_step, _frozen_words(parts),
             )  # fmt: skip
             cadence.begin_stage(parts, progress.stage_step)
-            status = fit(parts, progress, cadence, stop)
-            if status == "stopped":
+            end = fit(parts, progress, cadence, stop)
+            newest, facts = end.checkpoint, read_facts(end.checkpoint)
+            cadence.end_stage()
+            finished = end.done and index == len(config.stages) - 1
+            if end.stop and not finished:
+                status = "stopped"
                 log.info("stopped by %s after step %d; the same command continues", stop.signal_name, progress.step)
                 break
-            newest = cadence.save(parts, progress, stage_end=True)
-            facts = read_facts(newest)
-            cadence.end_stage()
             progress.stage_step = 0
             del parts
             destroy_groups()

@@ -12,7 +12,7 @@ from megatron_medgpt.types import IGNORE_INDEX, ImageSpan, MedBatch
 
 MODEL = ModelConfig(language=TINY, vision=replace(TINY_CLIP, num_layers=2))
 LENGTH = 64
-NUM_ROWS = 8
+NUM_ROWS = 4
 """Rows of one optimizer step, one per micro-batch."""
 
 

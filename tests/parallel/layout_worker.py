@@ -14,21 +14,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from layout_cases import CASES, LENGTH, MODEL, MUTANTS, NUM_ROWS, STEPPED, Case, own_part, row
-from megatron_medgpt.model.build import build_model
-from megatron_medgpt.parallel import groups
-from megatron_medgpt.parallel.plan import make_layout
-
-from megatron.core import dist_checkpointing  # isort: skip  (after the engine was prepared)
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from megatron.core.distributed import (  # isort: skip
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_medgpt.model.build import build_model
+from megatron_medgpt.parallel import groups
+from megatron_medgpt.parallel.plan import make_layout
 
 FINALIZE = sys.modules[finalize_model_grads.__module__]
 NUM_STEPS = 20
@@ -69,8 +68,8 @@ class Trainer:
             for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
         }
 
-    def gradients(self) -> tuple[float, int]:
-        """Forward and backward over the rows of one step; the sum of the losses and the targets of this data rank."""
+    def gradients(self) -> float:
+        """Forward and backward over the rows of one step; the sum of the losses of all rows."""
         for part in self.ddp:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -198,8 +197,9 @@ def run_gradients(case: Case, folder: Path) -> dict:
     return found
 
 
-def run_steps(case: Case, folder: Path) -> dict:
-    trainer = Trainer(case, folder, dtype=torch.float32, distributed_optimizer=True)
+def run_steps(case: Case, folder: Path, *, dtype: torch.dtype) -> dict:
+    """Twenty optimizer steps: float64 with the plain optimizer, float32 with the distributed one (float32 only)."""
+    trainer = Trainer(case, folder, dtype=dtype, distributed_optimizer=dtype == torch.float32)
     norms = []
     for _ in range(NUM_STEPS):
         trainer.gradients()
@@ -219,7 +219,9 @@ def main(folder: Path) -> None:
             continue
         found[name] = run_gradients(case, folder)
         if name in STEPPED:
-            found[name] |= run_steps(case, folder)
+            found[name]["steps"] = {
+                dtype: run_steps(case, folder, dtype=dtype) for dtype in (torch.float64, torch.float32)
+            }
     if world.is_first:
         torch.save(found, folder / f"world-{world.size}.pt")
     groups.stop()

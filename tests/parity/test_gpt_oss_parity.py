@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-
 from gpt_oss_names import in_our_layout
+
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ParallelConfig
 from megatron_medgpt.model.build import build_model

@@ -41,8 +41,8 @@ class PlainSide:
         """A copy of every tensor under its canonical name."""
         return {canonical_name(name): tensor.clone() for name, tensor in self.model.state_dict().items()}
 
-    def step(self, batches: Sequence[MedBatch]) -> float:
-        """One optimizer step; returns the mean loss of the targets."""
+    def step(self, batches: Sequence[MedBatch]) -> tuple[float, float]:
+        """One optimizer step; returns the mean loss of the targets and the gradient's norm before clipping."""
         num_targets = sum(batch.num_targets for batch in batches)
         self.optimizer.zero_grad()
         loss_sum = 0.0
@@ -54,9 +54,9 @@ class PlainSide:
             )  # fmt: skip
             output.loss.backward()
             loss_sum += output.loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
         self.optimizer.step()
-        return loss_sum
+        return loss_sum, grad_norm.item()
 
 
 def _draw_experts(model: torch.nn.Module, std: float) -> None:

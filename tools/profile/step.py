@@ -28,9 +28,10 @@ from megatron_medgpt.parallel.groups import destroy_groups, start, stop
 from ours import OurSide  # isort: skip  (after the engine was prepared)
 from plain import PlainSide  # isort: skip
 
-LOSS_RELATIVE = 2e-3
-"""Two fp32 computations that are the same function drift apart step by step through Adam, whose first updates depend on
-the signs of gradients near zero; measured 1e-4 after 20 steps. Another function is off by more than this at once."""
+LARGEST_DIFFERENCE = 1e-2
+"""Relative, of losses and gradient norms. The same function in fp32 differs by 1e-7 at first, and drifts: Adam's first
+updates have the size of the rate whatever the gradient's, so a gradient that is rounding turns into a whole step; 3e-5
+after 20 steps. Another function is off by more than this at once."""
 
 
 def measure(workload: Workload, world, *, experts: str, steps: int, warmup: int) -> dict:
@@ -40,21 +41,21 @@ def measure(workload: Workload, world, *, experts: str, steps: int, warmup: int)
     sides = {"ours": our_side, "transformers": plain_side}
     wall = {name: [] for name in sides}
     cpu = {name: [] for name in sides}
-    worst_loss_error = 0.0
+    worst = {"loss": 0.0, "grad_norm": 0.0}
     for step in range(warmup + steps):
         batches = make_batches(workload, step)
-        losses = {}
+        found = {}
         for name in sorted(sides, reverse=step % 2 == 1):  # neither side always comes first
             cpu_start, wall_start = time.process_time(), time.perf_counter()
-            losses[name] = sides[name].step(batches)
+            found[name] = sides[name].step(batches)
             wall[name].append(time.perf_counter() - wall_start)
             cpu[name].append(time.process_time() - cpu_start)
-        error = abs(losses["ours"] / losses["transformers"] - 1)
-        if error > LOSS_RELATIVE:
+        for what, mine, theirs in zip(worst, found["ours"], found["transformers"]):
+            worst[what] = max(worst[what], abs(mine / theirs - 1))
+        if max(worst.values()) > LARGEST_DIFFERENCE:
             raise SystemExit(
-                f"{workload.name}: losses differ at step {step}: {losses}; the sides do not compute the same"
+                f"{workload.name}: the sides do not compute the same; (loss, norm) of step {step}: {found}"
             )
-        worst_loss_error = max(worst_loss_error, error)
     destroy_groups()
     figures = {name: _figures(workload, wall[name][warmup:], cpu[name][warmup:]) for name in sides}
     ratios = [theirs / mine for theirs, mine in zip(cpu["transformers"][warmup:], cpu["ours"][warmup:])]
@@ -63,7 +64,7 @@ def measure(workload: Workload, world, *, experts: str, steps: int, warmup: int)
         "parameters": sum(parameter.numel() for parameter in plain_side.model.parameters()),
         "tokens_per_step": workload.tokens_per_step,
         "experts_of_transformers": experts,
-        "largest_relative_loss_difference": worst_loss_error,
+        "largest_relative_difference": worst,
         **figures,
         "speed_up_wall": figures["transformers"]["median_s"] / figures["ours"]["median_s"],
         "speed_up_cpu": statistics.median(ratios),
@@ -123,7 +124,7 @@ def table(results: list[dict]) -> str:
             lines.append(
                 f"| {result['workload']} | {result['parameters'] / 1e6:.1f} M | {side} | {f['median_s']:.3f} | "
                 f"{f['p90_s']:.3f} | {f['cpu_median_s']:.3f} | {f['tokens_per_s']:,.0f} | "
-                f"{f['peak_memory_bytes'] / 2**30:.2f} |"
+                f"{f.get('peak_memory_bytes', float('nan')) / 2**30:.2f} |"
             )
         lines.append(
             f"| | | ours is faster by | x{result['speed_up_wall']:.2f} | | x{result['speed_up_cpu']:.2f} | | |"
@@ -139,10 +140,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out: two processes fewer")
     parser.add_argument("--memory-of", choices=("ours", "transformers"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    chosen = [WORKLOADS[name] for name in options.workload or ("tiny", "small")]
+    chosen = [WORKLOADS[name] for name in options.workload or WORKLOADS]
     world = start()
     if options.memory_of:
         _print_peak_memory(options.memory_of, chosen[0], world, options.experts)
@@ -151,7 +153,7 @@ def main() -> None:
     results = []
     for workload in chosen:
         result = measure(workload, world, experts=options.experts, steps=options.steps, warmup=options.warmup)
-        for side in ("ours", "transformers"):
+        for side in () if options.no_memory else ("ours", "transformers"):
             peak = peak_memory_bytes(side, workload, options.experts, options.threads)
             result[side]["peak_memory_bytes"] = peak
         results.append(result)

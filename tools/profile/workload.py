@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_medgpt.config.presets import TINY, TINY_CLIP, TINY_SIGLIP
+from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import LanguageConfig, ModelConfig
+from megatron_medgpt.recipes.demo import MODEL as DEMO
 from megatron_medgpt.types import IGNORE_INDEX, ImageSpan, MedBatch
 
 SMALL = LanguageConfig(
@@ -47,22 +48,17 @@ WORKLOADS = {
         Workload(
             name="tiny", model=ModelConfig(language=TINY, vision=TINY_CLIP), length=128, rows=4, micro_batches=2
         ),
-        Workload(
-            name="tiny-siglip",
-            model=ModelConfig(language=TINY, vision=TINY_SIGLIP),
-            length=128,
-            rows=4,
-            micro_batches=2,
-        ),
+        Workload(name="demo", model=DEMO, length=512, rows=4, micro_batches=2, images_per_row=8),
         Workload(
             name="small", model=ModelConfig(language=SMALL, vision=SMALL_CLIP), length=512, rows=2, micro_batches=2
         ),
     )
 }  # fmt: skip
+"""``tiny`` is all overhead, ``demo`` the model of ``medgpt demo``, ``small`` mostly matrix products."""
 
 
 def make_batches(workload: Workload, step: int) -> list[MedBatch]:
-    """The micro-batches of a step. A third of every row is prompt and images, the rest is targets."""
+    """The micro-batches of a step: in every row first the images with a little text between, then targets."""
     generator = torch.Generator().manual_seed(1000 + step)
     return [_make_batch(workload, generator) for _ in range(workload.micro_batches)]
 
@@ -79,7 +75,8 @@ def _make_batch(workload: Workload, generator: torch.Generator) -> MedBatch:
         tokens[row, start : start + num_tokens] = workload.image_mark_id
         spans.append(ImageSpan(row=row, start=start, image=image, num_tokens=num_tokens))
     labels = torch.full_like(tokens, IGNORE_INDEX)
-    labels[:, length // 3 : -1] = tokens[:, length // 3 + 1 :]
+    prompt = 4 + workload.images_per_row * (num_tokens + 4)
+    labels[:, prompt:-1] = tokens[:, prompt + 1 :]
     labels[labels == workload.image_mark_id] = IGNORE_INDEX
     return MedBatch(
         token_ids_BS=tokens,

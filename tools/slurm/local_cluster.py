@@ -51,7 +51,9 @@ class LocalCluster:
             RuntimeError: a program is missing, this is not root, or the nodes did not come up; says what the log says.
         """
         if missing_programs():
-            raise RuntimeError(f"{', '.join(missing_programs())} not found; Debian, Ubuntu: apt install slurm-wlm munge")
+            raise RuntimeError(
+                f"{', '.join(missing_programs())} not found; Debian, Ubuntu: apt install slurm-wlm munge"
+            )
         if os.geteuid() != 0:
             raise RuntimeError("slurmd must be started as root")
         self._write_configuration()

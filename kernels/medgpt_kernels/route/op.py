@@ -64,6 +64,10 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _is_tile(tile: int) -> bool:
+    return tile >= 16 and tile & (tile - 1) == 0
+
+
 def _block_e(num_experts: int) -> int:
     return max(16, 1 << (num_experts - 1).bit_length())
 
@@ -231,7 +235,8 @@ def _index(experts_TK: Tensor, histogram: Tensor | None, num_experts: int, tile:
     blocks, tiles = _cdiv(T, BLOCK_T), num_tiles(T * K, num_experts, tile)
     made = {"dtype": torch.int32, "device": device}
     row_entry, token_row = torch.empty(tiles * tile, **made), torch.empty((T, K), **made)
-    tile_expert, counts = torch.empty(tiles, **made), torch.empty(num_experts, **made)
+    tile_expert = torch.empty(tiles if tile > 1 else 0, **made)
+    counts = torch.empty(num_experts, **made)
     kernels = _kernels()
     if histogram is None:
         histogram = torch.empty((blocks, num_experts), **made)
@@ -258,7 +263,7 @@ def _(experts_TK, histogram, num_experts, tile):
     return (
         experts_TK.new_empty((tiles * tile,), **made),
         experts_TK.new_empty((T, K), **made),
-        experts_TK.new_empty((tiles,), **made),
+        experts_TK.new_empty((tiles if tile > 1 else 0,), **made),
         experts_TK.new_empty((num_experts,), **made),
     )
 
@@ -271,16 +276,18 @@ def index(
 
     Args:
         experts_TK: int32, contiguous, distinct within a token, each in 0 .. num_experts - 1.
-        tile: rows of a tile of the grouped products, a power of two of at least 16.
+        tile: rows of a tile of the grouped products, a power of two of at least 16; or 1 for rows without padding, as
+            an exchange between ranks wants them (``tile_expert`` is then empty).
         histogram: ``Routing.histogram`` of the same choices.
     """
     check(experts_TK.dtype == torch.int32, f"experts_TK is {experts_TK.dtype}; allowed: int32")
     check(experts_TK.dim() == 2, f"experts_TK has shape {tuple(experts_TK.shape)}; allowed: (T, K)")
-    check(tile >= 16 and tile & (tile - 1) == 0, f"tile={tile}; allowed: powers of two from 16")
+    check(tile == 1 or _is_tile(tile), f"tile={tile}; allowed: 1 and powers of two from 16")
     check(1 <= num_experts <= MAX_EXPERTS, f"num_experts={num_experts}; allowed: 1 to {MAX_EXPERTS}")
     check_contiguous(experts_TK=experts_TK)
     if choose("route.index", implementation, _serves(experts_TK)) == "reference":
-        made = reference.index(experts_TK.cpu(), num_experts, tile)
+        made = list(reference.index(experts_TK.cpu(), num_experts, tile))
+        made[2] = made[2] if tile > 1 else made[2][:0]
         return RowIndex(*(part.to(experts_TK.device) for part in made), tile)
     return RowIndex(*_index(experts_TK, histogram, num_experts, tile), tile)
 
@@ -317,7 +324,7 @@ def index_sorted(counts_E: Tensor, num_rows: int, *, tile: int = 128, implementa
         counts_E: int32 or int64 on the device, adding up to ``num_rows``.
     """
     check(counts_E.dtype in (torch.int32, torch.int64), f"counts_E is {counts_E.dtype}; allowed: int32, int64")
-    check(tile >= 16 and tile & (tile - 1) == 0, f"tile={tile}; allowed: powers of two from 16")
+    check(_is_tile(tile), f"tile={tile}; allowed: powers of two from 16")
     check_contiguous(counts_E=counts_E)
     if choose("route.index_sorted", implementation, _serves(counts_E)) == "reference":
         made = (part.to(counts_E.device) for part in reference.index_sorted(counts_E, num_rows, tile))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.evaluate.scorers.letter import judge_letter, letter_prompt, parse_choice
+from megatron_medgpt.evaluate.scorers.letter import letter_prompt, means_answer, parse_choice
 from megatron_medgpt.evaluate.scorers.official import lowest_loss, most_similar, prefix_prompt, qa_prompt
 from megatron_medgpt.evaluate.scorers.short import score_short, short_prompt
 from megatron_medgpt.evaluate.tasks.question import Question
@@ -78,7 +78,7 @@ def judge_text(protocol: str, question: Question, output: str) -> Verdict:
         return Verdict(correct=correct, parsed=choice is not None, choice=choice)
     if protocol == "letter":
         parsed = parse_choice(question.options, output)
-        correct = judge_letter(question.options, question.answer, output)
+        correct = means_answer(parsed, question.options, question.answer)
         return Verdict(correct=correct, parsed=not parsed.by_similarity, choice=parsed.index)
     if protocol == "short-answer":
         score = score_short(question.answer, output, closed=question.question_type == "closed")

@@ -64,7 +64,11 @@ def judge_letter(options: Sequence[str], answer: str, output: str) -> bool:
     ``answer`` is the text of the right option (the last of equal ones). An answer that is not among the options is
     compared as it stands, so that hardly any output can meet it.
     """
-    choice = parse_choice(options, output)
+    return means_answer(parse_choice(options, output), options, answer)
+
+
+def means_answer(choice: Choice, options: Sequence[str], answer: str) -> bool:
+    """``judge_letter`` for an output that is already read."""
     letters = ascii_lowercase[: len(options)]
     places = [i for i, option in enumerate(options) if option == answer]
     wanted = letters[places[-1]] if places else answer.strip().lower()

@@ -55,7 +55,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         **{f"problem: {kind.replace('_', ' ')}": n for kind, n in (result.get("problems") or {}).items()},
     }  # fmt: skip
     return {
-        "id": f"{result['task']}-{result['protocol']}",
+        "id": f"result-{Path(result['file']).stem.replace(' ', '-')}",
         "task": result["task"],
         "protocol": result["protocol"],
         "protocol_name": PROTOCOL_NAMES.get(result["protocol"], ""),

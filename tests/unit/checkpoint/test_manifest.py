@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from megatron_medgpt.checkpoint.manifest import (
     MANIFEST,
     CheckpointFacts,
+    FileEntry,
     altered_files,
     check_listing,
     hash_file,
@@ -86,6 +88,13 @@ def test_a_listing_that_differs_is_refused_without_reading_content(folder, make)
         (folder / "a.distcp").mkdir()
     with pytest.raises(UsageError, match=r"[ac]\.distcp"):
         check_listing(folder, read_manifest(folder))
+
+
+def test_a_pipe_in_the_place_of_an_empty_file_is_refused_rather_than_waited_for(tmp_path):
+    write_manifest(tmp_path, FACTS, {"empty": FileEntry(size_bytes=0, sha256="")})
+    os.mkfifo(tmp_path / "empty")
+    with pytest.raises(UsageError, match="empty not a plain file"):
+        check_listing(tmp_path, read_manifest(tmp_path))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 5])

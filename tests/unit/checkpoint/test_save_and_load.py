@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from sharded_example import SHAPES, blank, sharded, tensors, write
 
 from megatron_medgpt.checkpoint import ranks
-from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, load_rank_state, read_facts, verify
+from megatron_medgpt.checkpoint.load import (
+    find_latest,
+    load_checkpoint,
+    load_rank_state,
+    read_facts,
+    resolve_checkpoint,
+    verify,
+)
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.save import prune, save_checkpoint
 from megatron_medgpt.config.errors import UsageError, WorkError
@@ -182,6 +190,49 @@ def test_damage_falls_back_to_the_one_before_and_says_why(tmp_path, caplog, monk
     assert "sha256 differs" in caplog.text
 
 
+def test_a_checkpoint_is_found_by_its_run_its_folder_and_latest(tmp_path):
+    write(tmp_path / "checkpoints", 1)
+    newest = write(tmp_path / "checkpoints", 2)
+    for given in (newest, tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "latest"):
+        assert resolve_checkpoint(given) == newest
+    with pytest.raises(UsageError, match="is no checkpoint and holds none"):
+        resolve_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    first = write(tmp_path, 1)
+    shutil.copytree(first, tmp_path / "step-00000009")
+    assert find_latest(tmp_path) == first
+    shutil.copytree(first, tmp_path / "best")
+    assert load_checkpoint(tmp_path / "best", blank())[1].step == 1
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """The order that a power cut needs: contents, the folder, the rename, its parent, and only then latest."""
+    events = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def fsync(descriptor):
+        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        real["fsync"](descriptor)
+
+    def move(kind):
+        return lambda old, new: (events.append((kind, os.path.basename(new))), real[kind](old, new))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", move("rename"))
+    monkeypatch.setattr(os, "replace", move("replace"))
+    path = save_checkpoint(tmp_path, 1, sharded(tensors()), CheckpointFacts(step=1), rank_state={})
+    published = events.index(("rename", path.name))
+    contents = [name for kind, name in events[:published] if kind == "fsync"]
+    assert {file.name for file in path.iterdir()} <= set(contents)
+    assert contents[-1].startswith(".tmp-step-00000001")
+    assert [(kind, name.partition(".")[0] or name[:8]) for kind, name in events[published:]] == [
+        ("rename", path.name), ("fsync", tmp_path.name), ("fsync", ".latest."), ("replace", "latest"),
+        ("fsync", tmp_path.name),
+    ]  # fmt: skip
+
+
 def test_garbage_in_latest_changes_nothing(tmp_path):
     path = write(tmp_path, 1)
     for garbage in (b"", b"step-99999999\n", b"\x00\xff", b"../../etc"):
@@ -250,7 +301,7 @@ def test_facts_must_agree_with_the_folder_name(tmp_path):
 
 def test_a_save_that_hangs_ends_the_process_with_its_own_exit_code(tmp_path, monkeypatch, capsys):
     codes = []
-    released = torch.multiprocessing.get_context("spawn").Event()
+    released = threading.Event()
     monkeypatch.setattr(ranks.os, "_exit", lambda code: (codes.append(code), released.set()))
     monkeypatch.setattr(ranks.faulthandler, "dump_traceback", lambda file: None)
     monkeypatch.setattr("megatron_medgpt.checkpoint.save.write_tensors", lambda *a, **k: released.wait(20))

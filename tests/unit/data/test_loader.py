@@ -144,6 +144,17 @@ def test_slices_of_the_sequence_list_only_the_images_that_reach_into_them(write_
     assert bare.image_spans == ()
 
 
+@pytest.mark.parametrize(
+    ("keep", "listed"), [((0, 4), 0), ((0, 5), 1), ((3, 5), 1), ((5, 6), 1), ((7, 16), 1), ((8, 16), 0), (None, 1)]
+)
+def test_an_image_is_listed_exactly_where_one_of_its_positions_is_kept(keep, listed):
+    shape = RowShape(sequence_length=16, image_mark_id=9, pad_id=0, tokens_per_image=4)
+    document = Document(np.array([1, 1, 1, 1, 9, 2]), np.array([5, 6]), image_keys=("x",))  # image at 4 .. 7
+    asked = []
+    batch = collate([[document]], shape, keep=keep, pixels=lambda keys: asked.extend(keys) or torch.zeros(len(keys)))
+    assert len(batch.image_spans) == len(asked) == listed
+
+
 def test_a_slice_without_images_has_pixels_of_no_image(write_dataset):
     stage = stage_of(write_dataset())
     assert stage.take(0, 1, keep=(LENGTH - 1, LENGTH)).pixels_ICYX.shape == (0, 3, 28, 28)

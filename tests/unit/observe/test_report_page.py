@@ -85,6 +85,7 @@ def run(tmp_path):
     )
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "a.json").write_text(json.dumps(evaluation()))
+    (tmp_path / "eval" / "b.json").write_text(json.dumps(evaluation()))
     (tmp_path / "eval" / "a.answers.json").write_text(json.dumps({"engine": "x"}))
     card = {"question": "Where <here>?", "options": ["left", "right"], "answer": "left", "prediction": "right",
             "correct": False, "modality": "CT", "question_type": "Place", "image_png_base64": picture()}  # fmt: skip
@@ -134,7 +135,9 @@ def test_readers_without_eyes_or_mouse_find_their_way(run):
     assert all(attrs.get("alt") for attrs in page.all("img"))
     assert all(attrs.get("aria-label") for attrs in page.all("svg"))
     assert all(attrs.get("scope") for attrs in page.all("th"))
-    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    every_id = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    ids = set(every_id)
+    assert len(ids) == len(every_id)
     assert all(attrs["href"][1:] in ids for attrs in page.all("a"))
     assert all(attrs["aria-labelledby"] in ids for _, attrs in page.tags if "aria-labelledby" in attrs)
     scrolling = [attrs for _, attrs in page.tags if attrs.get("class") == "scroll"]
@@ -161,6 +164,7 @@ def test_text_stands_out_from_its_ground_in_light_and_dark(run):
 
 def test_published_figures_stand_only_beside_their_task_and_protocol(run):
     assert "Lingshu" not in page_of(run)[1]
+    (run / "eval" / "b.json").unlink()
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "letter")))
     assert "Lingshu" in page_of(run)[1]
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "official-qa")))

@@ -1,0 +1,54 @@
+# syntax=docker/dockerfile:1
+# Megatron-MedGPT on the NGC PyTorch image. Its own torch, TransformerEngine, apex and DALI stay as they are.
+#
+#   docker build -t medgpt .                                     on a machine that can pull from nvcr.io
+#   make image-test                                              the same instructions on Debian, without GPU or NGC
+#
+# 26.06 is the release that Megatron-LM's own CI runs on. Pin it by digest where images must not change under you:
+#   --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3@sha256:...
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+ARG BASE_IMAGE
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+# GPU architectures that CUDA kernels are built for; 100a only where nvcc knows it.
+ARG CUDA_ARCHITECTURES="90a 100a"
+ARG PIP_ARGS=""
+LABEL org.opencontainers.image.title="Megatron-MedGPT" \
+      org.opencontainers.image.description="Pretraining of biomedical GPT-oss vision-language models" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    TOKENIZERS_PARALLELISM=false
+
+# Dependencies first: they change less often than the code. install.py leaves alone what the base brought.
+WORKDIR /opt/medgpt
+COPY setup.py pyproject.toml constraints.txt LICENSE README.md ./
+COPY tools/image/install.py tools/image/
+RUN python3 tools/image/install.py dependencies ${PIP_ARGS:+--pip-args "${PIP_ARGS}"}
+
+COPY megatron_medgpt megatron_medgpt
+COPY kernels kernels
+COPY tools tools
+COPY examples examples
+RUN python3 tools/image/install.py package ${PIP_ARGS:+--pip-args "${PIP_ARGS}"} \
+ && python3 tools/image/install.py kernels --architectures "${CUDA_ARCHITECTURES}" \
+ && python3 tools/image/install.py bill-of-materials --out /opt/medgpt/bill-of-materials.json \
+ && chmod -R a+rX,go-w /opt/medgpt
+
+# Code is read-only to the user who runs it; runs go to /workspace.
+RUN (id -u medgpt >/dev/null 2>&1 || useradd --create-home --uid 10001 --shell /bin/bash medgpt) \
+ && mkdir -p /workspace && chown medgpt /workspace
+USER medgpt
+WORKDIR /workspace
+ENV HOME=/home/medgpt
+# Says what the image has and what it lacks; a broken install does not become an image.
+RUN medgpt doctor
+CMD ["medgpt", "--help"]

@@ -1,0 +1,43 @@
+"""Shapes shared by tests and benchmark."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medgpt_kernels.route.cases import zipf_experts
+
+SMALL = ((37, 192, 160, 5, 2),)
+"""(T, H, F, E, K): no size is a multiple of a block, and every axis spans more than one."""
+BENCH = {"20b": (2880, 2880, 32, 4), "120b": (2880, 2880, 128, 4), "120b-ep8": (2880, 2880, 16, 4)}
+"""(H, F, E, K) of one rank."""
+BENCH_TOKENS = (8192, 16384)
+
+
+def inputs(T: int, H: int, F: int, E: int, K: int, *, dtype: torch.dtype, seed: int, device="cpu") -> dict[str, Tensor]:
+    """Tokens, router weights and experts, at a size at which the activation clamps a few values of each kind."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+
+    weights = torch.softmax(torch.randn(T, K, generator=generator), -1).to(device)
+    return {
+        "x_TH": normal(T, H, scale=1.0),
+        "weights_TK": weights.double() if dtype == torch.float64 else weights,
+        "gate_up_EHG": normal(E, H, 2 * F, scale=4 * H**-0.5),
+        "gate_up_bias_EG": normal(E, 2 * F, scale=1.0),
+        "down_EFH": normal(E, F, H, scale=F**-0.5),
+        "down_bias_EH": normal(E, H, scale=1.0),
+    }
+
+
+def choices(name: str, T: int, E: int, K: int) -> Tensor:
+    """(T, K) int32."""
+    if name == "zipf":
+        return zipf_experts(T, E, K, seed=0)
+    if name == "some experts empty":
+        return zipf_experts(T, max(K, E // 2), K, seed=1)
+    if name == "one takes everything":
+        return torch.full((T, 1), E - 2, dtype=torch.int32)
+    raise ValueError(f"choices {name!r}")

@@ -1,0 +1,98 @@
+"""The whole MoE layer behind the router in plain torch, forward and backward written out, with or without FP8.
+
+Without FP8 it is ``reference.grouped_mlp`` between a gather and a weighted sum. With it, operands are rounded where the
+fused kernels round them: tokens, activations and gradients to E4M3 with a power of two per 128 of a row, weights with
+one per 128x128 tile; weight gradients use the unrounded operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medgpt_kernels.clamped_swiglu.reference import ALPHA
+from medgpt_kernels.mx import reference as mx
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    limit: float
+    fp8: bool
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What the left side of a product holds."""
+        return mx.dequantise_rows(*mx.quantise_rows(x), dtype=x.dtype) if self.fp8 and x.shape[0] else x
+
+    def weight(self, w_KN: Tensor) -> Tensor:
+        if not self.fp8:
+            return w_KN
+        return mx.dequantise_tiles(*mx.quantise_tiles(w_KN[None]), dtype=w_KN.dtype)[0]
+
+
+def _halves(z_MG: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = z_MG[:, 0::2].clamp(max=limit), z_MG[:, 1::2].clamp(-limit, limit)
+    return gate, up, torch.sigmoid(ALPHA * gate)
+
+
+class _RoutedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias, numbers):
+        ctx.save_for_backward(x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias)
+        ctx.numbers = numbers
+        out_TH = torch.zeros_like(x_TH)
+        for expert in range(gate_up.shape[0]):
+            token, slot = (experts_TK == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            z = numbers.rows(x_TH[token]) @ numbers.weight(gate_up[expert]) + gate_up_bias[expert]
+            gate, up, sigmoid = _halves(z, numbers.limit)
+            a = numbers.rows((up + 1) * gate * sigmoid)
+            y = a @ numbers.weight(down[expert]) + down_bias[expert]
+            out_TH.index_add_(0, token, (y * weights_TK[token, slot, None]).to(y.dtype))
+        return out_TH
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
+        numbers, limit = ctx.numbers, ctx.numbers.limit
+        grads = [torch.zeros_like(t) for t in (x_TH, weights_TK, gate_up, gate_up_bias, down, down_bias)]
+        d_x, d_weights, d_gate_up, d_gate_up_bias, d_down, d_down_bias = grads
+        for expert in range(gate_up.shape[0]):
+            token, slot = (experts_TK == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            x, grad = x_TH[token], grad_TH[token]
+            weight = weights_TK[token, slot, None].to(x.dtype)
+            w1, w2, rounded_grad = numbers.weight(gate_up[expert]), numbers.weight(down[expert]), numbers.rows(grad)
+            z = numbers.rows(x) @ w1 + gate_up_bias[expert]
+            gate, up, sigmoid = _halves(z, limit)
+            swish = gate * sigmoid
+            a = (up + 1) * swish
+            d_a = rounded_grad @ w2.t()
+            d_weights[token, slot] = ((d_a * a).sum(1) + rounded_grad @ down_bias[expert]).to(d_weights.dtype)
+            d_a = d_a * weight
+            d_z = torch.empty_like(z)
+            d_z[:, 0::2] = d_a * (up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid)) * (z[:, 0::2] <= limit)
+            d_z[:, 1::2] = d_a * swish * (z[:, 1::2].abs() <= limit)
+            d_down[expert] = (a * weight).t() @ grad
+            d_down_bias[expert] = (grad * weight).sum(0)
+            d_gate_up[expert] = x.t() @ d_z
+            d_gate_up_bias[expert] = d_z.sum(0)
+            d_x.index_add_(0, token, numbers.rows(d_z) @ w1.t())
+        return d_x, d_weights, None, d_gate_up, d_gate_up_bias, d_down, d_down_bias, None
+
+
+def routed_mlp(
+    x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_EHG: Tensor, gate_up_bias_EG: Tensor,
+    down_EFH: Tensor, down_bias_EH: Tensor, *, limit: float, fp8: bool = False,
+) -> Tensor:  # fmt: skip
+    """Tokens to the weighted sum of their experts' outputs, (T, H), in the dtype of ``x_TH``.
+
+    Args:
+        experts_TK: expert of each (token, slot); -1 for none.
+    """
+    return _RoutedMLP.apply(
+        x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, _Numbers(limit, fp8)
+    )

@@ -1,0 +1,172 @@
+"""Writes a checkpoint of the model's weights part by part, in the format and with the protocol of ``checkpoint/save``.
+
+megatron-core's writer wants the model in memory. A ``torch_dist`` folder is plain enough to be written without one:
+``torch.save`` archives one after the other in ``__0_N.distcp`` and one ``.metadata`` that says which chunk of which
+tensor begins where. Each thread owns a file. A large tensor becomes many chunks (a handful of experts each), so that
+a rank that loads its share of the experts reads no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_medgpt.checkpoint.manifest import (
+    CheckpointFacts,
+    FileEntry,
+    check_listing,
+    hash_file,
+    write_durably,
+    write_manifest,
+)
+from megatron_medgpt.checkpoint.metadata import METADATA
+from megatron_medgpt.checkpoint.save import engine_versions
+from megatron_medgpt.checkpoint.tensors import COMMON
+from megatron_medgpt.convert.safetensor import TensorSpec
+from megatron_medgpt.convert.stored import STACK, stored_key
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # isort: skip  (checkpoint.tensors
+# has prepared the engine)
+
+_ALIGNMENT = 64
+
+
+class _HashedFile(io.RawIOBase):
+    """A file that is written once from front to back and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._file = path.name, open(path, "xb", buffering=0)  # noqa: SIM115 (closed by finish, abandon)
+        self._digest, self.at = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        left = view
+        while left:
+            left = left[self._file.write(left) :]
+        self.at += len(view)
+        return len(view)
+
+    def align(self) -> None:
+        """Begin the next archive where its tensor's elements will be aligned, so that a mapped view is one."""
+        self.write(bytes(-self.at % _ALIGNMENT))
+
+    def finish(self) -> FileEntry:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(size_bytes=self.at, sha256=self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class CheckpointWriter:
+    """Chunks of the model's tensors into a folder, from any number of threads.
+
+    Args:
+        folder: exists and is empty.
+        specs: every tensor by our names.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self._folder = folder
+        self._specs = dict(specs)
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._files: list[_HashedFile] = []
+        self._written: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], str, int, int]]] = {}
+
+    def write(self, name: str, first: int, tensor: Tensor) -> None:
+        """Store the part of ``name`` that starts at row ``first`` of its first axis."""
+        spec = self._specs[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape[1:]) != spec.shape[1:]:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not fit {spec}")
+        key, layer = stored_key(name)
+        offsets = (first, *(0,) * (tensor.ndim - 1))
+        if layer is not None:
+            tensor, offsets = tensor[None], (layer, *offsets)
+        file = self._file()
+        file.align()
+        start = file.at
+        # A tensor that is a part of a larger storage would be saved with all of it.
+        torch.save(tensor.contiguous() if _owns_its_storage(tensor) else tensor.clone().contiguous(), file)
+        with self._lock:
+            self._written.setdefault(key, []).append((offsets, tuple(tensor.shape), file.name, start, file.at - start))
+
+    def finish(self, facts: CheckpointFacts) -> None:
+        """Write metadata and manifest; everything is flushed to the disk."""
+        files = {file.name: file.finish() for file in self._files}
+        self._files = []
+        write_durably(self._folder / METADATA, pickle.dumps(self._metadata()))
+        common = io.BytesIO()
+        torch.save({}, common)
+        write_durably(self._folder / COMMON, common.getvalue())
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+        files.update({name: hash_file(self._folder / name) for name in (METADATA, COMMON, "metadata.json")})
+        facts = facts if facts.versions else replace(facts, versions=engine_versions())
+        check_listing(self._folder, write_manifest(self._folder, facts, files))
+
+    def abandon(self) -> None:
+        while self._files:
+            self._files.pop().abandon()
+
+    def _file(self) -> _HashedFile:
+        if not hasattr(self._own, "file"):
+            with self._lock:
+                self._own.file = _HashedFile(self._folder / f"__0_{len(self._files)}.distcp")
+                self._files.append(self._own.file)
+        return self._own.file
+
+    def _metadata(self) -> Metadata:
+        tensors, storage = {}, {}
+        for key, shape_dtype in _stored_specs(self._specs).items():
+            chunks = sorted(self._written[key])
+            tensors[key] = TensorStorageMetadata(
+                properties=TensorProperties(dtype=shape_dtype.dtype),
+                size=torch.Size(shape_dtype.shape),
+                chunks=[ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, *_ in chunks],
+            )
+            for number, (offsets, _, file, start, length) in enumerate(chunks):
+                index = MetadataIndex(key, torch.Size(offsets), number)
+                storage[index] = _StorageInfo(file, start, length)
+        return Metadata(state_dict_metadata=tensors, storage_data=storage, storage_meta=StorageMeta())
+
+
+def _stored_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Specs by the keys of the checkpoint: the layers of a decoder stacked."""
+    found: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        key, layer = stored_key(name)
+        if layer is None:
+            found[key] = spec
+            continue
+        layers = max(layer + 1, found[key].shape[0] if key in found else 0)
+        if key in found and (found[key].dtype != spec.dtype or found[key].shape[1:] != spec.shape):
+            raise ValueError(f"{name} is {spec}, another layer's is {found[key]}; {STACK}* is one tensor in the file")
+        found[key] = TensorSpec((layers, *spec.shape), spec.dtype)
+    return found
+
+
+def _owns_its_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() or not tensor.is_contiguous()

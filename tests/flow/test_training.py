@@ -1,0 +1,169 @@
+"""A run from its configuration to its end, in this process: stages, resume, freezing, guards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_medgpt.checkpoint.load import find_latest, read_facts
+from megatron_medgpt.checkpoint.metadata import stored_tensors
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.load import load_run
+from megatron_medgpt.config.schema import ExitConfig, OptimizerConfig
+from megatron_medgpt.observe.metrics import read_metrics
+from megatron_medgpt.train import cadence, step
+from megatron_medgpt.train.command import train_here
+from tests.small_data import small_run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run whose data other runs of this file share."""
+    return small_run(tmp_path_factory.mktemp("run"))
+
+
+def fresh(base, tmp_path: Path, **changes):
+    return replace(base, out=str(tmp_path / "run"), **changes)
+
+
+def values(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    tensors = {
+        name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in stored_tensors(checkpoint).items()
+    }
+    load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    return tensors
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    left, right = values(ours), values(theirs)
+    assert left.keys() == right.keys() and left
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ, first {different[:3]}"
+
+
+def losses(run) -> list[str]:
+    return [float(line["loss"]).hex() for line in read_metrics(Path(run.out) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    run = fresh(base, tmp_path_factory.mktemp("whole"))
+    assert train_here(run, dry_run=False) == 0
+    return run
+
+
+def test_a_run_goes_through_its_stages_and_learns(uninterrupted):
+    records = read_metrics(Path(uninterrupted.out) / "metrics.jsonl")
+    assert [(r["stage"], r["stage_step"]) for r in records] == [
+        *(("align", i) for i in range(1, 7)), *(("instruct", i) for i in range(1, 5))
+    ]  # fmt: skip
+    assert records[-1]["validation_loss"] < records[2]["validation_loss"] - 0.5
+    assert {"tokens_per_s", "grad_norm", "lr", "mem_gb", "step_s", "samples"} <= records[0].keys()
+
+
+def test_the_resolved_configuration_in_the_run_folder_is_the_run(uninterrupted):
+    assert load_run(Path(uninterrupted.out) / "run.yaml") == uninterrupted
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8])
+def test_a_run_stopped_by_a_signal_and_continued_is_bitwise_the_uninterrupted_one(
+    base, uninterrupted, tmp_path, monkeypatch, stop_after
+):
+    run = fresh(base, tmp_path)
+    record = cadence.Cadence._record
+
+    def stop(self, parts, progress, *rest):
+        if progress.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record(self, parts, progress, *rest)
+
+    monkeypatch.setattr(cadence.Cadence, "_record", stop)
+    assert train_here(run, dry_run=False) == 0
+    assert read_facts(find_latest(Path(run.out) / "checkpoints")).step in (stop_after, stop_after + 1)
+    monkeypatch.undo()
+    assert train_here(run, dry_run=False) == 0
+    assert losses(run) == losses(uninterrupted)
+    last, whole = (find_latest(Path(r.out) / "checkpoints") for r in (run, uninterrupted))
+    assert_same(last, whole)
+    assert read_facts(last).sample_chain == read_facts(whole).sample_chain
+
+
+def test_a_finished_run_started_again_changes_nothing(uninterrupted):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (Path(uninterrupted.out) / "checkpoints").iterdir())
+    assert train_here(uninterrupted, dry_run=False) == 0
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (Path(uninterrupted.out) / "checkpoints").iterdir())
+
+
+def test_frozen_modules_keep_every_bit_and_the_others_learn(base, tmp_path):
+    frozen = ("encoder", "language", "experts", "router")
+    stages = tuple(replace(s, frozen=frozen, num_steps=2, validation_interval=0) for s in base.stages)
+    run = fresh(base, tmp_path, stages=stages)
+    train_here(run, dry_run=False)
+    first, last = (values(Path(run.out) / "checkpoints" / f"step-{n:08d}") for n in (2, 4))
+    moved = {name for name in first if not name.startswith("optimizer") and not torch.equal(first[name], last[name])}
+    assert moved and all(name.startswith("projector.") for name in moved)
+
+
+def test_a_module_has_its_own_learning_rate(base, tmp_path):
+    still = OptimizerConfig(learning_rate=1e-3, module_learning_rates={"experts": 1e-12, "router": 1e-12})
+    stages = (replace(base.stages[0], optimizer=still, num_steps=1, validation_interval=0),
+              replace(base.stages[1], optimizer=still, num_steps=1, validation_interval=0))  # fmt: skip
+    run = fresh(base, tmp_path, stages=stages)
+    train_here(run, dry_run=False)
+    first, last = (values(Path(run.out) / "checkpoints" / f"step-{n:08d}") for n in (1, 2))
+    change = {n: float((first[n] - last[n]).abs().max()) for n in first if not n.startswith("optimizer")}
+    assert max(v for n, v in change.items() if ".mlp." in n) < 1e-9
+    assert max(v for n, v in change.items() if "word_embeddings" in n) > 1e-4
+
+
+def test_a_stage_ends_when_its_exit_criterion_is_reached(base, tmp_path):
+    goal = ExitConfig(metric="validation_loss", threshold=100.0)
+    run = fresh(base, tmp_path, stages=(replace(base.stages[0], exit=goal, num_steps=50),))
+    train_here(run, dry_run=False)
+    assert read_facts(find_latest(Path(run.out) / "checkpoints")).step == base.stages[0].validation_interval
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_any_parameter_changes(base, tmp_path, monkeypatch):
+    run = fresh(base, tmp_path)
+    loss = step.sum_of_losses
+
+    def poisoned(batch, token_loss_BS):
+        total, count, report = loss(batch, token_loss_BS)
+        return total * float("nan"), count, {name: value * float("nan") for name, value in report.items()}
+
+    train_here(replace(run, stages=(replace(run.stages[0], num_steps=3),)), dry_run=False)
+    before = values(find_latest(Path(run.out) / "checkpoints"))
+    monkeypatch.setattr(step, "sum_of_losses", poisoned)
+    changed = replace(run, stages=(replace(run.stages[0], num_steps=3), run.stages[1]))
+    with pytest.raises(WorkError, match=r"not finite on 1 rank.*no parameter was changed"):
+        train_here(changed, dry_run=False)
+    after = find_latest(Path(run.out) / "checkpoints")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(after).items())
+    [record] = (Path(run.out) / "non-finite").iterdir()
+    assert json.loads(record.read_text())["samples"]
+
+
+def test_resuming_with_other_data_order_is_refused(base, tmp_path):
+    run = fresh(base, tmp_path)
+    train_here(replace(run, stages=(replace(run.stages[0], num_steps=6),)), dry_run=False)
+    checkpoint = find_latest(Path(run.out) / "checkpoints")
+    (checkpoint.parent / "step-00000006").rename(tmp_path / "end")  # the run now stands in the middle of the stage
+    with pytest.raises(UsageError, match="data plan of stage align has changed"):
+        train_here(replace(run, seed=run.seed + 1), dry_run=False)
+
+
+def test_a_dry_run_prints_sizes_and_writes_nothing(base, tmp_path, capsys):
+    run = fresh(base, tmp_path)
+    assert train_here(run, dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert "stage align" in printed and "memory per rank" in printed and "tokens/s" in printed
+    assert not Path(run.out).exists()

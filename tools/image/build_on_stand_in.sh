@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Build the Dockerfile for real without a container engine, a GPU or access to NGC: buildah on a stand-in base made of
+# Debian, Python and PyTorch's CPU build. Every instruction runs as it does on the NGC image; the stand-in only lacks what
+# NVIDIA ships (CUDA, TransformerEngine, apex, DALI), and the build says so. Then runs the image as its own user:
+# `medgpt doctor` and the first steps of the demo.
+#
+#   make image-test                        needs root, buildah and debootstrap (Debian, Ubuntu: apt install both)
+#   PIP_ARGS="--find-links /wheels" VOLUMES="/wheels" tools/image/build_on_stand_in.sh
+#
+# WORK        folder for the base and the image (a new one below /tmp, removed at the end, unless given)
+# PIP_ARGS    passed to every pip call          VOLUMES   folders of this machine that the build may read
+# MIRROR      of Debian, for debootstrap        SUITE     of Debian (bookworm)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+for program in buildah debootstrap; do
+  command -v "$program" >/dev/null || { echo "image-test: $program not found (apt install buildah debootstrap)" >&2; exit 2; }
+done
+[[ $EUID == 0 ]] || { echo "image-test: must be root (debootstrap and chroot need it)" >&2; exit 2; }
+
+: "${SUITE:=bookworm}" "${MIRROR:=}" "${PIP_ARGS:=}" "${VOLUMES:=}" "${TORCH:=torch==2.13.0}"
+if [[ -z ${WORK:-} ]]; then
+  WORK=$(mktemp -d /tmp/medgpt-image.XXXXXX)
+  trap 'rm -rf "$WORK"' EXIT
+fi
+mkdir -p "$WORK"
+storage=(--storage-driver vfs --root "$WORK/storage" --runroot "$WORK/run")
+mounts=(--volume /etc/ssl/certs:/etc/ssl/certs:ro)
+for folder in $VOLUMES; do mounts+=(--volume "$folder:$folder:ro"); done
+image() { buildah "${storage[@]}" "$@"; }
+
+if [[ ! -x $WORK/base/usr/bin/python3 ]]; then
+  echo "== stand-in base: Debian $SUITE with Python"
+  debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,python3-setuptools,python3-wheel,ca-certificates \
+    "$SUITE" "$WORK/base" ${MIRROR:+"$MIRROR"} >"$WORK/debootstrap.log" || { tail -5 "$WORK/debootstrap.log" >&2; exit 1; }
+fi
+if ! image images --quiet stand-in >/dev/null 2>&1; then
+  echo "== stand-in base: PyTorch"
+  container=$(image from scratch)
+  image add --quiet "$container" "$WORK/base" / >/dev/null
+  # The NGC image brings torch; so does the stand-in.
+  image run --isolation chroot "${mounts[@]}" "$container" -- \
+    python3 -m pip install --quiet --no-cache-dir --break-system-packages "$TORCH" $PIP_ARGS
+  image commit --quiet --rm "$container" stand-in >/dev/null
+fi
+
+echo "== Dockerfile"
+image bud --isolation chroot --layers=false --tag medgpt "${mounts[@]}" \
+  --build-arg BASE_IMAGE=localhost/stand-in --build-arg PIP_ARGS="$PIP_ARGS" \
+  --build-arg REVISION="$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" .
+
+echo "== the image, run as its own user"
+container=$(image from medgpt)
+inside() { image run --isolation chroot "$container" -- "$@"; }
+[[ $(inside id -un) == medgpt ]] || { echo "image-test: the image runs as root" >&2; exit 1; }
+if inside touch /opt/medgpt/megatron_medgpt/types.py 2>/dev/null; then
+  echo "image-test: the user of the image can change its code" >&2
+  exit 1
+fi
+inside medgpt doctor
+inside medgpt demo --quick --out /workspace/demo
+inside test -s /workspace/demo/report.html
+image rm "$container" >/dev/null
+echo "image-test: built, doctor and the quick demo ran inside"

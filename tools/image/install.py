@@ -1,0 +1,166 @@
+"""Install Megatron-MedGPT into an image without touching what the base image brought. Standard library only.
+
+    install.py dependencies         what setup.py names and the base lacks, at the versions of constraints.txt
+    install.py package              the package itself, without dependencies
+    install.py kernels              CUDA kernels, where there is nvcc and something to build
+    install.py bill-of-materials    every installed distribution, as CycloneDX JSON
+
+The NGC image pins its own packages through PIP_CONSTRAINT; torch, TransformerEngine, apex, triton and DALI of NVIDIA's
+builds must stay. So what is installed already is left as it is, and pip gets the base's versions as constraints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import uuid
+from pathlib import Path
+
+KEPT = ("torch", "torchvision", "triton", "pytorch-triton", "transformer-engine", "transformer_engine", "apex", "numpy",
+        "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn")  # fmt: skip
+"""Never replaced where the base has them."""
+TOLD = ("torch", "transformer-engine", "apex", "nvidia-dali-cuda130", "triton")
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def wanted() -> list[str]:
+    """The CORE list of setup.py, read without running it."""
+    tree = ast.parse(Path("setup.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
+            return ast.literal_eval(node.value)
+    raise SystemExit("install: setup.py has no list CORE")
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0]
+
+
+def install_dependencies(pip_args: list[str]) -> None:
+    for name in TOLD:
+        print(f"base image: {name} {installed(name) or 'absent'}", flush=True)
+    needed = [r for r in wanted() if not (name_of(r) in KEPT and installed(name_of(r)))]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write(base_constraints(Path("constraints.txt").read_text(encoding="utf-8")))
+        constraints.flush()
+        # The base's own constraints name exact local builds that no index has; ours repeat those that matter.
+        environment = {**os.environ, "PIP_CONSTRAINT": constraints.name}
+        pip(["install", *needed, *pip_args], environment)
+    changed = [name for name in KEPT if os.environ.get(f"BASE_{name}") not in (None, installed(name))]
+    if changed:
+        raise SystemExit(f"install: pip replaced {', '.join(changed)} of the base image")
+
+
+def base_constraints(locked: str) -> str:
+    """Our lock, but for what the base has already: those at the base's version."""
+    lines = []
+    for line in locked.splitlines():
+        name = name_of(line.strip())
+        if name and not name.startswith("#") and not installed(name):
+            lines.append(line)
+    lines += [f"{name}=={version}" for name in KEPT if (version := installed(name))]
+    return "\n".join(lines) + "\n"
+
+
+def install_package(pip_args: list[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    pip(["install", "--no-deps", "--no-build-isolation", ".", *pip_args], environment)
+
+
+def pip(arguments: list[str], environment: dict[str, str]) -> None:
+    outside = [] if not externally_managed() else ["--break-system-packages"]
+    command = [sys.executable, "-m", "pip", *arguments[:1], "--no-cache-dir", *outside, *arguments[1:]]
+    print("+", shlex.join(command), flush=True)
+    subprocess.run(command, check=True, env=environment)
+
+
+def externally_managed() -> bool:
+    """Debian's and Ubuntu's own Python refuses pip (PEP 668); in an image it is the only one."""
+    return (Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED").exists()
+
+
+def build_kernels(architectures: list[str]) -> None:
+    sources = sorted(Path("kernels").glob("medgpt_kernels/*/cuda/*.cu"))
+    nvcc = shutil.which("nvcc")
+    if not sources:
+        print("kernels: no CUDA sources; Triton kernels are compiled when first used")
+        return
+    if nvcc is None:
+        print(f"kernels: no nvcc in this image; {len(sources)} CUDA source(s) not built, references serve instead")
+        return
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    for architecture in architectures:
+        if f"compute_{architecture.rstrip('a')}" not in known:
+            print(f"kernels: this nvcc does not know sm_{architecture}; skipped")
+            continue
+        for source in sources:
+            out = source.with_suffix(f".sm_{architecture}.cubin")
+            subprocess.run([nvcc, "-O3", "-cubin", f"-arch=sm_{architecture}", "-o", str(out), str(source)], check=True)
+            print(f"kernels: {out}")
+
+
+def bill_of_materials() -> dict:
+    """CycloneDX 1.5 of the Python distributions (the base's system packages are listed by its own image)."""
+    found = {d.metadata["Name"]: d for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "serialNumber": f"urn:uuid:{uuid.uuid4()}",
+        "version": 1,
+        "components": [
+            {
+                "type": "library",
+                "name": name,
+                "version": d.version,
+                "purl": f"pkg:pypi/{name.lower()}@{d.version}",
+                "licenses": [
+                    {
+                        "license": {
+                            "name": d.metadata.get("License-Expression") or d.metadata.get("License") or "unknown"
+                        }
+                    }
+                ],
+            }
+            for name, d in sorted(found.items(), key=lambda item: item[0].lower())
+        ],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("dependencies", "package", "kernels", "bill-of-materials"))
+    parser.add_argument("--pip-args", default="", help="passed to pip, e.g. another index")
+    parser.add_argument("--architectures", default="90a", help="of GPUs, separated by blanks")
+    parser.add_argument("--out", type=Path, default=Path("bill-of-materials.json"))
+    options = parser.parse_args()
+    if options.action == "dependencies":
+        install_dependencies(shlex.split(options.pip_args))
+    elif options.action == "package":
+        install_package(shlex.split(options.pip_args))
+    elif options.action == "kernels":
+        build_kernels(options.architectures.split())
+    else:
+        bill = bill_of_materials()
+        options.out.write_text(json.dumps(bill, indent=1) + "\n", encoding="utf-8")
+        print(f"bill of materials: {len(bill['components'])} distributions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Is every node of a job fit to train? Each node writes what it finds; the judge compares and names the bad one.
+
+    preflight.py node --found DIR --shared RUN --gpus 8
+    preflight.py judge --found DIR --nodes n1,n2 --gpus 8 --gpu h100
+
+Exit codes of the judge: 0 fit, 3 not fit (one line per fault: node, cause). Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NOT_FIT = 3
+MAX_CLOCK_SKEW_S = 20.0
+"""Nodes start within a few seconds of each other; more is a clock that is wrong."""
+MIN_FREE_BYTES = 20 * 10**9
+MIN_MEMORY_MIB = {"h100": 79_000, "h200": 140_000, "b200": 175_000, "b300": 265_000, "gb200": 180_000, "gb300": 270_000}
+BUSY_MIB = 2_000
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "nvidia-dali-cuda130", "transformers")
+PROBE_BYTES = 4 * 2**20
+
+
+def inspect_node(shared: Path) -> dict:
+    """Everything that the judge compares, of the node this runs on."""
+    return {
+        "node": node_name(),
+        "time": time.time(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": code_hash(),
+        "system": _system(),
+        "gpus": _gpus(),
+        "shared": shared_fault(shared),
+        "free_bytes": shutil.disk_usage(shared).free if shared.is_dir() else 0,
+    }
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code_hash() -> str | None:
+    """Of every Python file of the installed package, by its path within it; None where it is not installed."""
+    digest = hashlib.sha256()
+    for package in ("megatron_medgpt", "medgpt_kernels"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return None
+        root = Path(spec.origin).parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _system() -> str:
+    release = Path("/etc/os-release")
+    pretty = (
+        [line for line in release.read_text().splitlines() if line.startswith("PRETTY_NAME=")]
+        if release.is_file()
+        else []
+    )
+    return (pretty or ["PRETTY_NAME=unknown"])[0].partition("=")[2].strip('"')
+
+
+def _gpus() -> list[dict] | None:
+    """Name and memory of every GPU; None without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(", ") for line in shown.strip().splitlines()]
+    return [{"name": name, "memory_mib": int(total), "used_mib": int(used)} for name, total, used in rows]
+
+
+def shared_fault(shared: Path) -> str | None:
+    """Why the run folder cannot be used from this node; None when it can."""
+    probe = shared / f".preflight-{node_name()}-{os.getpid()}"
+    try:
+        with probe.open("wb") as stream:
+            stream.write(b"\0" * PROBE_BYTES)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return f"{shared} cannot be written: {error.strerror}"
+    finally:
+        probe.unlink(missing_ok=True) if shared.is_dir() else None
+    return None
+
+
+def faults(
+    reports: dict[str, dict], nodes: list[str], *, gpus: int, gpu: str, min_free: int = MIN_FREE_BYTES
+) -> list[str]:
+    """One line per fault, naming the node."""
+    found = [f"node {n}: no answer; it could not start the check (is it up, is the folder mounted?)"
+             for n in nodes if n not in reports]  # fmt: skip
+    if not reports:
+        return found
+    for node, report in sorted(reports.items()):
+        found += [f"node {node}: {fault}" for fault in _own_faults(report, gpus=gpus, gpu=gpu, min_free=min_free)]
+    for field in ("code", "python", "packages", "system"):
+        found += _odd_ones(reports, field)
+    times = {node: report["time"] for node, report in reports.items()}
+    middle = sorted(times.values())[len(times) // 2]
+    found += [
+        f"node {node}: its clock is {t - middle:+.0f} s off the others'; check chrony or ntpd"
+        for node, t in times.items()
+        if abs(t - middle) > MAX_CLOCK_SKEW_S
+    ]
+    return found
+
+
+def _own_faults(report: dict, *, gpus: int, gpu: str, min_free: int) -> list[str]:
+    found = []
+    if report["shared"]:
+        found.append(report["shared"])
+    elif report["free_bytes"] < min_free:
+        found.append(
+            f"{report['free_bytes'] / 1e9:.1f} GB free on the run folder's disk; {min_free / 1e9:.0f} GB are needed"
+        )
+    if report["code"] is None:
+        found.append("megatron_medgpt is not installed for this python")
+    if gpus == 0:
+        return found
+    cards = report["gpus"]
+    if cards is None:
+        return [*found, "nvidia-smi does not run; is the driver loaded, does the container see the GPUs (--nv)?"]
+    if len(cards) < gpus:
+        found.append(f"{len(cards)} GPU(s), {gpus} expected")
+    for number, card in enumerate(cards):
+        if card["memory_mib"] < MIN_MEMORY_MIB.get(gpu, 0):
+            found.append(
+                f"GPU {number} is {card['name']} with {card['memory_mib']} MiB, {gpu} has {MIN_MEMORY_MIB[gpu]}"
+            )
+        if card["used_mib"] > BUSY_MIB:
+            found.append(f"GPU {number} has {card['used_mib']} MiB in use by another process")
+    return found
+
+
+def _odd_ones(reports: dict[str, dict], field: str) -> list[str]:
+    """Nodes that differ from what most nodes have."""
+    values = {node: json.dumps(report[field], sort_keys=True) for node, report in reports.items()}
+    usual = max(sorted(set(values.values())), key=list(values.values()).count)
+    return [f"node {n}: {field} {v} differs from {usual} elsewhere" for n, v in sorted(values.items()) if v != usual]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("node", "judge"))
+    parser.add_argument("--found", type=Path, required=True, help="folder of the nodes' reports")
+    parser.add_argument("--shared", type=Path, help="the run folder")
+    parser.add_argument("--gpus", type=int, default=0, help="expected per node")
+    parser.add_argument("--gpu", default="cpu", help="their kind")
+    parser.add_argument("--nodes", default="", help="names, separated by commas")
+    parser.add_argument("--min-free-gb", type=float, default=MIN_FREE_BYTES / 1e9)
+    options = parser.parse_args()
+    if options.action == "node":
+        report = inspect_node(options.shared)
+        (options.found / f"{report['node']}.json").write_text(json.dumps(report), encoding="utf-8")
+        return 0
+    reports = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in options.found.glob("*.json")}
+    nodes = options.nodes.split(",")
+    found = faults(reports, nodes, gpus=options.gpus, gpu=options.gpu, min_free=int(options.min_free_gb * 1e9))
+    for fault in found:
+        print(f"preflight: {fault}", file=sys.stderr)
+    if not found:
+        print(f"preflight: {len(nodes)} node(s) fit")
+    return NOT_FIT if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,9 +28,11 @@ CORE = [
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
+    "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     "te": ["transformer-engine[pytorch]"],
     "dev": [
         "pytest",
+        "pyarrow",
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "ruff",

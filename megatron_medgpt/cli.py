@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -91,9 +91,9 @@ def ingest(
     out: Out,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
-    image_root: Annotated[Optional[Path], typer.Option(help="Folder that image paths are relative to.")] = None,  # noqa: UP045
-    key_file: Annotated[Optional[Path], typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,  # noqa: UP045
-    map: Annotated[Optional[list[str]], typer.Option(help="k=column, e.g. image=Figure_path.")] = None,  # noqa: UP045
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,
+    map: Annotated[list[str] | None, typer.Option(help="k=column, e.g. image=Figure_path.")] = None,
     store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
     workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
     max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
@@ -124,8 +124,8 @@ def ingest(
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
-    sample: Annotated[Optional[int], typer.Option(help="Show this sample.")] = None,  # noqa: UP045
-    png: Annotated[Optional[Path], typer.Option(help="Draw the sample into this file.")] = None,  # noqa: UP045
+    sample: Annotated[int | None, typer.Option(help="Show this sample.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the sample into this file.")] = None,
     json: Json = False,
 ) -> None:
     """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.
@@ -140,7 +140,7 @@ def inspect(
 @app.command(context_settings={"allow_extra_args": False})
 def train(
     run: Annotated[str, typer.Argument(help="A recipe's name or a run.yaml.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.field=value ...")] = None,  # noqa: UP045
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
     nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and data; one step a stage.")] = False,
 ) -> None:
@@ -157,17 +157,17 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Argument(help="omnimedvqa, phantoms, vqa-rad, slake, pathvqa, pmc-vqa ...")],
+    task: Annotated[str, typer.Argument(help="omnimedvqa, phantoms, vqa-rad, slake, path-vqa, pmc-vqa ...")],
     data: Annotated[Path, typer.Option(help="The task's folder.")],
     out: Out,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="A Megatron checkpoint or a run folder.")] = None,  # noqa: UP045
-    hf: Annotated[Optional[Path], typer.Option(help="A Hugging Face folder.")] = None,  # noqa: UP045
-    endpoint: Annotated[Optional[str], typer.Option(help="An OpenAI-compatible URL.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[Path], typer.Option(help="Of the checkpoint; its run folder's by default.")] = None,  # noqa: UP045
+    checkpoint: Annotated[Path | None, typer.Option(help="A Megatron checkpoint or a run folder.")] = None,
+    hf: Annotated[Path | None, typer.Option(help="A Hugging Face folder.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="An OpenAI-compatible URL.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Of the checkpoint; its run folder's by default.")] = None,
     protocol: Annotated[str, typer.Option(help="chat-likelihood, official-prefix, official-qa or letter.")] = (
         "chat-likelihood"
     ),
-    limit: Annotated[Optional[int], typer.Option(help="Only N questions, evenly spread.")] = None,  # noqa: UP045
+    limit: Annotated[int | None, typer.Option(help="Only N questions, evenly spread.")] = None,
     controls: Annotated[bool, typer.Option(help="Also ask with a blank and with a shuffled image.")] = True,
     nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
     tensor: Annotated[int, typer.Option(help="Tensor-parallel degree for a checkpoint.")] = 1,
@@ -217,6 +217,128 @@ def score(
 
     result = score_predictions(task, data, predictions, protocol, out)
     typer.echo(f"{result['correct']}/{result['n']} = {result['accuracy']:.4f}; written to {out}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a YAML with a model section.")],
+    gpus: Annotated[int, typer.Option(help="How many GPUs.")],
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200 ...")] = "h200",
+    vision: Annotated[str, typer.Option(help="Encoder preset.")] = "clip-l-14-336",
+    sequence_length: Annotated[int, typer.Option(help="Positions of a row.")] = 4096,
+    global_batch_rows: Annotated[int, typer.Option(help="Rows of one optimizer step.")] = 256,
+    images_per_row: Annotated[float, typer.Option(help="Images of a packed row.")] = 4.0,
+    frozen: Annotated[list[str] | None, typer.Option(help="A module that does not learn; repeatable.")] = None,
+    skew: Annotated[float, typer.Option(help="Rows of the busiest expert rank over the mean.")] = 1.0,
+    mxfp4_frozen: Annotated[bool, typer.Option(help="Count frozen experts as packed MXFP4.")] = False,
+    keep: Annotated[int, typer.Option(help="Layouts shown.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the recommended run here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw memory and time per stage here (PNG).")] = None,
+    json: Json = False,
+) -> None:
+    """Layouts that fit a number of GPUs: memory per stage, step time, and why the others do not.
+
+    Example: `medgpt plan --model gpt-oss-20b --gpus 8 --gpu h200`
+    """
+    from megatron_medgpt.parallel.plan_command import run_plan
+
+    typer.echo(
+        run_plan(
+            model,
+            gpus=gpus,
+            gpu=gpu,
+            vision=vision,
+            sequence_length=sequence_length,
+            global_batch_rows=global_batch_rows,
+            images_per_row=images_per_row,
+            frozen=frozen or (),
+            skew=skew,
+            mxfp4_frozen=mxfp4_frozen,
+            keep=keep,
+            json=json,
+            out=out,
+            plot=plot,
+        )
+    )
+
+
+convert = typer.Typer(
+    no_args_is_help=True, help="Checkpoints in from Hugging Face, out to it, and the proof by logits."
+)
+app.add_typer(convert, name="convert")
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    language: Annotated[Path, typer.Option(help="Folder of GPT-oss, or of a whole export of ours.")],
+    out: Out,
+    vision: Annotated[Path | None, typer.Option(help="Folder of a CLIP or SigLIP model.")] = None,
+    new_vision: Annotated[str | None, typer.Option(help="Preset of an encoder with random weights.")] = None,
+    projector: Annotated[Path | None, typer.Option(help="Folder of a projector; random when not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="same, bf16 or fp32.")] = "same",
+    keep_packed: Annotated[bool, typer.Option(help="Keep MXFP4 experts packed (frozen stages).")] = False,
+    pixel_shuffle: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    image_size_px: Annotated[int | None, typer.Option(help="Resolution, where not the encoder's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+) -> None:
+    """Published weights to a Megatron checkpoint of any layout.
+
+    Example: `medgpt convert hf-to-megatron --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out start`
+    """
+    from megatron_medgpt.convert import command
+
+    code = command.hf_to_megatron(
+        language,
+        out,
+        vision=vision,
+        new_vision=new_vision,
+        projector=projector,
+        dtype=dtype,
+        keep_packed=keep_packed,
+        pixel_shuffle=pixel_shuffle,
+        image_size_px=image_size_px,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or mxfp4.")] = "bf16",
+    part: Annotated[str, typer.Option(help="whole, language or projector.")] = "whole",
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.json.")] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="Published MXFP4 folder, for experts kept as they were.")
+    ] = None,
+    evaluation: Annotated[list[Path] | None, typer.Option(help="File of medgpt eval for the model card.")] = None,
+) -> None:
+    """A checkpoint to a folder that transformers and vLLM load without custom code.
+
+    Example: `medgpt convert megatron-to-hf --checkpoint runs/a --out exported --dtype bf16`
+    """
+    from megatron_medgpt.convert import command
+
+    code = command.megatron_to_hf(
+        checkpoint, out, dtype=dtype, part=part, tokenizer=tokenizer, original=original, evaluation=evaluation or ()
+    )
+    raise typer.Exit(code)
+
+
+@convert.command("verify")
+def verify_conversion(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
+    hf: Annotated[Path, typer.Option(help="The Hugging Face folder.")],
+    layout: Annotated[list[str] | None, typer.Option(help="single, tp2, ep2 ...; repeatable.")] = None,
+) -> None:
+    """Compare every tensor, and logits over prompts longer than the window; exit 1 outside the bound.
+
+    Example: `medgpt convert verify --checkpoint runs/a --hf exported`
+    """
+    from megatron_medgpt.convert import command
+
+    raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",)))
 
 
 @app.command()

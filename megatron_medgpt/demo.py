@@ -43,7 +43,8 @@ class Study:
     tokenizer: Path
     captions: Path
     dialogues: Path
-    validation: Path
+    validation_captions: Path
+    validation_dialogues: Path
     questions: Path
 
 
@@ -62,7 +63,7 @@ def run_demo(out: Path, *, num_ranks: int = 2, quick: bool = False) -> dict[str,
     config = demo_config(out, study, quick=quick)
     run_file = out / "run.yaml"
     run_file.write_text(to_yaml(config), encoding="utf-8")
-    _say("training", lambda: _command(["train", str(run_file)], num_ranks))
+    _say("training", lambda: _train(run_file, num_ranks, Path(config.out)))
     result_file = out / "run" / "eval" / "phantoms.json"
     _say("evaluation", lambda: _command(_evaluation(study, out / "run", result_file), 1))
     result = json.loads(result_file.read_text(encoding="utf-8"))
@@ -93,7 +94,8 @@ def make_study(out: Path, sizes: Sizes) -> Study:
     )
     study = Study(
         tokenizer=out / "tokenizer", captions=out / "data" / "captions", dialogues=out / "data" / "dialogues",
-        validation=out / "data" / "validation", questions=files.questions,
+        validation_captions=out / "data" / "validation-captions",
+        validation_dialogues=out / "data" / "validation-dialogues", questions=files.questions,
     )  # fmt: skip
     train_tokenizer(_texts(files.train_captions, files.train_dialogues), study.tokenizer, vocab_size=512)
     key = out / "identity.key"
@@ -102,7 +104,8 @@ def make_study(out: Path, sizes: Sizes) -> Study:
     for table, dataset in (
         (files.train_captions, study.captions),
         (files.train_dialogues, study.dialogues),
-        (files.validation_dialogues, study.validation),
+        (files.validation_captions, study.validation_captions),
+        (files.validation_dialogues, study.validation_dialogues),
     ):
         run_ingest([table], out=dataset, tokenizer=study.tokenizer, key_file=key)
     return study
@@ -122,7 +125,6 @@ def demo_config(out: Path, study: Study, *, quick: bool) -> RunConfig:
     """The demo's recipe with its folders under ``out``."""
     run = recipe("demo-quick" if quick else "demo")
     align, instruct = run.stages
-    validation = (BlendConfig(path=str(study.validation)),)
     paths = {"demo/data/captions": str(study.captions), "demo/data/dialogues": str(study.dialogues)}
 
     def placed(blend: tuple[BlendConfig, ...]) -> tuple[BlendConfig, ...]:
@@ -133,8 +135,17 @@ def demo_config(out: Path, study: Study, *, quick: bool) -> RunConfig:
         out=str(out / "run"),
         tokenizer=str(study.tokenizer),
         stages=(
-            replace(align, data=placed(align.data), validation_data=validation),
-            replace(instruct, data=placed(instruct.data), validation_data=validation, questions=str(study.questions)),
+            replace(
+                align,
+                data=placed(align.data),
+                validation_data=(BlendConfig(path=str(study.validation_captions)),),
+            ),
+            replace(
+                instruct,
+                data=placed(instruct.data),
+                validation_data=(BlendConfig(path=str(study.validation_dialogues)),),
+                questions=str(study.questions),
+            ),
         ),
     )
 
@@ -153,6 +164,13 @@ def _evaluation(study: Study, run: Path, result: Path) -> list[str]:
         "eval", "phantoms", "--data", str(study.questions), "--checkpoint", str(run), "--out", str(result),
         "--sequence-length", "512",
     ]  # fmt: skip
+
+
+def _train(run_file: Path, num_ranks: int, run: Path) -> None:
+    _command(["train", str(run_file)], num_ranks)
+    status = json.loads((run / "state.json").read_text(encoding="utf-8"))["status"]
+    if status != "done":
+        raise WorkError(f"training was {status}; `medgpt train {run_file} --nproc {num_ranks}` continues it")
 
 
 def _command(arguments: list[str], num_ranks: int) -> None:

@@ -77,6 +77,19 @@ def run_prompts(chunks: Sequence[Any], layout: Layout, groups: Any, batch: MedBa
     return torch.cat(parts, dim=-1)
 
 
+def load_weights_of(checkpoint: Path | str, chunks: Sequence[Any], groups: Any) -> None:
+    """Load a checkpoint's weights into the chunks of this rank."""
+    loaded, _ = load_checkpoint(checkpoint, state.model_state(chunks, groups), weights_only=True)
+    state.load_weights(chunks, loaded)
+
+
+def round_weights(chunks: Sequence[Any], dtype: torch.dtype) -> None:
+    """Give every weight a value that ``dtype`` holds."""
+    with torch.no_grad():
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.copy_(parameter.to(dtype))
+
+
 def quantise_experts(chunks: Sequence[Any], rule: str) -> None:
     """Replace every expert's weights by what MXFP4 makes of them."""
     move = packed(torch.float32, rule)
@@ -100,12 +113,10 @@ def main(task: Path) -> None:
     chunks = build_model(
         config, layout=layout, groups=groups, dtype=torch.float32, kernels=KernelConfig(attention="reference")
     )
-    loaded, _ = load_checkpoint(settings["checkpoint"], state.model_state(chunks, groups), weights_only=True)
-    state.load_weights(chunks, loaded)
+    load_weights_of(settings["checkpoint"], chunks, groups)
     if settings["experts_as"]:
         quantise_experts(chunks, settings["experts_as"])
-    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-        parameter.data = parameter.to(getattr(torch, settings["weights_as"])).to(parameter.dtype)
+    round_weights(chunks, getattr(torch, settings["weights_as"]))
     batch = batch_of_prompts(prompts, config.tokens_per_image, layout.tensor)
     logits = run_prompts(chunks, layout, groups, batch)
     if logits is not None and groups.tp.rank() == 0 and groups.dp.rank() == 0:

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+with warnings.catch_warnings():
+    # torch warns once per process that a tensor over read-only memory must not be written to. None of ours is.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(1), dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +59,14 @@ class TensorSpec:
 
 
 class MappedFile:
-    """A file mapped into memory. Views are private to this process and must not be written to."""
+    """A file mapped into memory, read-only: writing to a view ends the process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as stream:
             self.num_bytes = os.fstat(stream.fileno()).st_size
-            # Private and not read-only: torch warns of every tensor over read-only memory.
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) if self.num_bytes else None
+            # Read-only: a private writable map is charged as memory, and 65 GB of it are refused.
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if self.num_bytes else None
 
     def bytes(self, start: int, end: int) -> bytes:
         return b"" if self._map is None else self._map[start:end]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, read_facts
+from megatron_medgpt.checkpoint.load import load_checkpoint, read_facts, resolve_checkpoint
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.errors import UsageError
@@ -24,22 +24,6 @@ from megatron_medgpt.parallel.plan import make_layout
 from megatron_medgpt.types import ImageSpec
 
 log = logging.getLogger(__name__)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from what a person gives: itself, a run folder, its ``checkpoints`` or ``latest``.
-
-    Raises:
-        UsageError: there is no whole checkpoint.
-    """
-    if (path / "manifest.json").is_file():
-        return path
-    folder = path.parent if path.name == "latest" else path
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    newest = find_latest(folder) if folder.is_dir() else None
-    if newest is None:
-        raise UsageError(f"--checkpoint {path}: no checkpoint there (looked for manifest.json and {folder}/step-*)")
-    return newest
 
 
 def model_of(facts: CheckpointFacts) -> ModelConfig:
@@ -81,7 +65,7 @@ def open_likelihood_engine(
     num_rows: int = 2,
 ) -> LikelihoodEngine:
     """Load a checkpoint into ``parallel`` (data parallelism alone when not given) and make it answer. Collective."""
-    checkpoint = find_checkpoint(path)
+    checkpoint = resolve_checkpoint(path)
     facts = read_facts(checkpoint)
     model = model_of(facts)
     words = find_tokenizer(checkpoint, tokenizer, facts)
@@ -102,7 +86,7 @@ def open_greedy_engine(
     """
     if world.size > 1:
         raise UsageError(f"written answers of a checkpoint need one process, not {world.size}; leave --nproc at 1")
-    checkpoint = find_checkpoint(path)
+    checkpoint = resolve_checkpoint(path)
     facts = read_facts(checkpoint)
     model = model_of(facts)
     words = find_tokenizer(checkpoint, tokenizer, facts)

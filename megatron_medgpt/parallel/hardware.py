@@ -26,7 +26,7 @@ class Accelerator:
     generation: str
     """Efficiencies are calibrated per generation."""
     memory_bytes: int
-    """What CUDA reports; about 3 % of it go to the context, NCCL and fragments (``RESERVED``)."""
+    """What CUDA reports; planning leaves ``RESERVED`` of it free."""
     peak_flops: float
     sustained_flops: float
     memory_bandwidth: float
@@ -40,7 +40,7 @@ class Accelerator:
     """Bytes per second that one GPU sends out of its domain: 90 % of its network adapter."""
 
 
-RESERVED = 0.03
+RESERVED = 0.08
 """Share of the memory that planning leaves to the CUDA context, NCCL's buffers and the allocator's gaps."""
 
 _H100 = Accelerator(

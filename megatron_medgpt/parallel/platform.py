@@ -112,7 +112,10 @@ ENGINE_MODULES = (
     "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.rerun_state_machine",
 )
 """Loaded before the stand-in is handed out, so that no module of the engine that we use is missed."""

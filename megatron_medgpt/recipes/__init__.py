@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import RunConfig
+from megatron_medgpt.recipes.cluster import CLUSTER_RECIPES
 from megatron_medgpt.recipes.demo import demo, demo_quick
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "demo-quick": demo_quick,
+    **CLUSTER_RECIPES,
 }
 
 

@@ -146,5 +146,5 @@ def test_masks_are_made_once_for_all_layers():
 
 @pytest.mark.parametrize(("name", "device"), [("flex", "cpu"), ("fused_cpu", "cuda"), ("fast", "cpu")])
 def test_an_implementation_that_cannot_serve_is_refused(name, device):
-    with pytest.raises(ValueError, match="set it to|allowed"):
+    with pytest.raises(ValueError, match=r"set it to|allowed"):
         choose(name, torch.device(device))

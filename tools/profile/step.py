@@ -127,7 +127,7 @@ def table(results: list[dict]) -> str:
                 f"{f.get('peak_memory_bytes', float('nan')) / 2**30:.2f} |"
             )
         lines.append(
-            f"| | | ours is faster by | x{result['speed_up_wall']:.2f} | | x{result['speed_up_cpu']:.2f} | | |"
+            f"| | | times faster | x{result['speed_up_wall']:.2f} | | x{result['speed_up_cpu']:.2f} | | |"
         )
     return "\n".join(lines)
 

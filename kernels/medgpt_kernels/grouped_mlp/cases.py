@@ -14,8 +14,16 @@ BENCH = {"20b": (2880, 2880, 32, 4), "120b": (2880, 2880, 128, 4), "120b-ep8": (
 BENCH_TOKENS = (8192, 16384)
 
 
-def inputs(T: int, H: int, F: int, E: int, K: int, *, dtype: torch.dtype, seed: int, device="cpu") -> dict[str, Tensor]:
-    """Tokens, router weights and experts, at a size at which the activation clamps a few values of each kind."""
+def inputs(
+    T: int, H: int, F: int, E: int, K: int, *, dtype: torch.dtype, seed: int, spread: float = 4.0, device="cpu"
+) -> dict[str, Tensor]:
+    """Tokens, router weights and experts.
+
+    Args:
+        spread: standard deviation of the pre-activation, less its bias. At 4 a limit of 7 clamps values of each kind; at
+            1 none, which comparisons in low precision need: the gradient jumps at the clamp, and a value within rounding
+            of it may fall on either side.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float) -> Tensor:
@@ -25,7 +33,7 @@ def inputs(T: int, H: int, F: int, E: int, K: int, *, dtype: torch.dtype, seed: 
     return {
         "x_TH": normal(T, H, scale=1.0),
         "weights_TK": weights.double() if dtype == torch.float64 else weights,
-        "gate_up_EHG": normal(E, H, 2 * F, scale=4 * H**-0.5),
+        "gate_up_EHG": normal(E, H, 2 * F, scale=spread * H**-0.5),
         "gate_up_bias_EG": normal(E, 2 * F, scale=1.0),
         "down_EFH": normal(E, F, H, scale=F**-0.5),
         "down_bias_EH": normal(E, H, scale=1.0),

@@ -99,7 +99,8 @@ def _scale_by_definition(largest: float, rule: str) -> int:
         return power if Fraction(2) ** power == x else power + 1
 
     if rule == "up":
-        power = ceil_log2(Fraction(float(torch.tensor(largest) / 6)))
+        # A quotient below float32's normal numbers counts as the smallest of them, as in triton_kernels.
+        power = ceil_log2(max(Fraction(float(torch.tensor(largest) / 6)), Fraction(2) ** -126))
     elif rule == "floor":
         power = floor_log2(exact) - 2
     elif rule == "ceil":

@@ -105,6 +105,22 @@ def test_files_of_another_size_are_found_when_a_dataset_is_opened(write_dataset,
     Dataset(folder)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_last_sequence_of_another_length_is_found(tmp_path, change):
+    # No pointer follows the last length: only the size of the data tells.
+    writer = IndexedWriter(tmp_path / "pair", "int32")
+    for sequence in ([1, 2, 3], [7, 8]):
+        writer.add(np.asarray(sequence))
+        writer.end_document()
+    writer.close()
+    idx = tmp_path / "pair.idx"
+    whole = bytearray(idx.read_bytes())
+    whole[34 + 4] += change
+    idx.write_bytes(whole)
+    with pytest.raises(WorkError, match=r"the \.bin file has 20"):
+        IndexedFile(tmp_path / "pair", "int32")
+
+
 @settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, data):

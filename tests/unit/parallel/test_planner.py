@@ -45,7 +45,7 @@ def test_an_encoder_takes_layers_from_the_first_stage():
 
 def test_every_layout_offered_fits_and_the_fastest_comes_first():
     plan = make_plan(REQUEST, keep=50)
-    limit = 0.97 * REQUEST.gpu.memory_bytes
+    limit = 0.92 * REQUEST.gpu.memory_bytes
     assert plan.best
     assert all(candidate.peak_bytes <= limit for candidate in plan.best)
     assert plan.best[0].step.total <= 1.04 * min(candidate.step.total for candidate in plan.best)

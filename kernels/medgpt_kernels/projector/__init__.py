@@ -1,0 +1,1 @@
+"""Encoder features to their places in the sequence: pixel shuffle, norm, two layers with GELU, scatter."""

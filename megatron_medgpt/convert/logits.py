@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,32 +199,40 @@ def our_logits(
             },
             task,
         )  # fmt: skip
-        _run_ranks(task, world_size_of(parallel), timeout_s)
+        command = [sys.executable, "-m", "megatron_medgpt.convert.rank", str(task)]
+        run_ranks(command, world_size_of(parallel), Path(folder), timeout_s)
         if not result.is_file():
             raise WorkError("the ranks ended without writing their logits")
         return torch.load(result, weights_only=True)
 
 
-def _run_ranks(task: Path, size: int, timeout_s: float) -> None:
+def run_ranks(command: Sequence[str], size: int, folder: Path, timeout_s: float) -> None:
+    """Run a command as ``size`` ranks of one world on this machine, logs into ``folder``.
+
+    Raises:
+        WorkError: a rank failed (with its last line), or they took longer than ``timeout_s``. None is left running.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
+    ranks: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + timeout_s
     try:
         for rank in range(size):
             environment = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            with open(task.parent / f"rank{rank}.log", "wb") as log:
-                command = [sys.executable, "-m", "megatron_medgpt.convert.rank", str(task)]
+            with open(folder / f"rank{rank}.log", "wb") as log:
                 ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
+            if time.monotonic() > deadline:
+                raise WorkError(f"the {size} ranks took longer than {timeout_s:.0f} s")
+            time.sleep(0.02)
         for rank, process in enumerate(ranks):
-            if process.wait(timeout_s) != 0:
-                said = (task.parent / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
+            if process.returncode:
+                said = (folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
                 raise WorkError(f"rank {rank} of {size} failed: {said[-1] if said else 'no message'}")
-    except subprocess.TimeoutExpired:
-        raise WorkError(f"the {size} ranks took longer than {timeout_s:.0f} s") from None
     finally:
         for process in ranks:
             if process.poll() is None:

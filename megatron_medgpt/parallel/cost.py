@@ -216,6 +216,18 @@ def step_seconds(model: ModelConfig, layout: Layout, gpu: Accelerator, work: Wor
     )  # fmt: skip
 
 
+def least_step_seconds(model: ModelConfig, layout: Layout, gpu: Accelerator, work: Work, *, efficiency: float) -> float:
+    """A step without bubble, data-parallel exchange or optimizer: no layout is faster, and it costs next to nothing."""
+    stages = [
+        _sum([
+            chunk_seconds(model, layout, gpu, work, chunk=chunk, efficiency=efficiency)
+            for chunk in layout.chunks_of(rank)
+        ])
+        for rank in range(layout.pipeline)
+    ]  # fmt: skip
+    return work.num_micro_batches(layout) * max(stage.forward + stage.backward for stage in stages)
+
+
 def _sum(chunks: list[ChunkSeconds]) -> ChunkSeconds:
     return ChunkSeconds(
         forward=sum(c.forward for c in chunks), backward=sum(c.backward for c in chunks),
@@ -236,6 +248,9 @@ def _pipeline_seconds(
     model: ModelConfig, layout: Layout, gpu: Accelerator, work: Work, chunks: list[ChunkSeconds],
     busiest: ChunkSeconds, num_micro_batches: int,
 ) -> float:  # fmt: skip
+    if layout.pipeline == 1:
+        return num_micro_batches * (busiest.forward + busiest.backward)
+
     def duration(current: Pass) -> float:
         chunk = chunks[current.chunk]
         return chunk.forward if current.forward else chunk.backward

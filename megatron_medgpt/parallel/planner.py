@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import BlendConfig, ModelConfig, ParallelConfig, StageConfig
-from megatron_medgpt.parallel.cost import StepSeconds, Work, chunk_seconds, step_seconds
+from megatron_medgpt.parallel.cost import StepSeconds, Work, chunk_seconds, least_step_seconds, step_seconds
 from megatron_medgpt.parallel.hardware import RESERVED, Accelerator
 from megatron_medgpt.parallel.memory import RankMemory, rank_memory, rank_parameters
 from megatron_medgpt.parallel.plan import Layout, make_layout
@@ -93,7 +93,7 @@ def make_plan(request: Request, *, keep: int = 5) -> Plan:
         UsageError: no layout of this many GPUs can be built at all.
     """
     refused: dict[str, int] = {}
-    fitting: list[Candidate] = []
+    fitting: list[tuple[float, ParallelConfig, Layout, int, str, tuple[RankMemory, ...]]] = []
     nearest: tuple[int, str] | None = None
     limit = request.gpu.memory_bytes * (1 - RESERVED)
     for parallel, layout in _layouts(request, refused):
@@ -109,23 +109,38 @@ def make_plan(request: Request, *, keep: int = 5) -> Plan:
             if reason is not None:
                 refused[reason] = refused.get(reason, 0) + 1
                 continue
-            step = step_seconds(
+            least = least_step_seconds(
                 request.model, layout, request.gpu, request.work(rows, recompute), efficiency=request.efficiency
             )
-            fitting.append(
-                Candidate(
-                    parallel=parallel, layout=layout, micro_batch_rows=rows, recompute=recompute, memory=memory,
-                    step=step,
-                )
-            )  # fmt: skip
-    fitting.sort(key=_preference)
+            fitting.append((least, parallel, layout, rows, recompute, memory))
     if not fitting and nearest is None:
         reasons = "; ".join(sorted(refused)[:3])
         raise UsageError(f"no layout of {request.num_gpus} GPU(s) can be built: {reasons}")
     return Plan(
-        request=request, best=tuple(_best_of_each(fitting, keep)), num_fitting=len(fitting), refused=refused,
+        request=request, best=tuple(_best_of_each(_fastest(request, fitting, keep), keep)), num_fitting=len(fitting), refused=refused,
         nearest=nearest[1] if nearest else "",
     )  # fmt: skip
+
+
+def _fastest(request: Request, fitting: list, keep: int) -> list[Candidate]:
+    """Whole predictions, fastest first, of those that can be among the best ``keep`` layouts: from the smallest lower
+    bound up, until the bound exceeds what is found already."""
+    chosen: list[Candidate] = []
+    best_of: dict[str, float] = {}
+    for least, parallel, layout, rows, recompute, memory in sorted(fitting, key=lambda entry: entry[0]):
+        if len(best_of) >= keep and least > 1.07 * sorted(best_of.values())[keep - 1]:
+            break
+        step = step_seconds(
+            request.model, layout, request.gpu, request.work(rows, recompute), efficiency=request.efficiency
+        )
+        chosen.append(
+            Candidate(
+                parallel=parallel, layout=layout, micro_batch_rows=rows, recompute=recompute, memory=memory, step=step
+            )
+        )
+        name = layout.describe()
+        best_of[name] = min(best_of.get(name, step.total), step.total)
+    return sorted(chosen, key=_preference)
 
 
 def _preference(candidate: Candidate) -> tuple[int, int, float]:

@@ -94,8 +94,8 @@ def name_of(size: str, num_gpus: int, gpu: str) -> str:
 def tiny_twin(run: RunConfig) -> RunConfig:
     """The same curriculum in the same kind of layout with a model that a CPU trains, on at most four ranks.
 
-    Degrees stay where four ranks carry them. Where they do not, tensor, pipeline and expert degrees shrink to 2 (virtual
-    stages stay), so that every kind of parallelism of the run is still there.
+    Degrees stay where four ranks carry them. Where they do not, tensor, pipeline and expert degrees shrink to 2
+    (virtual stages stay), so that every kind of parallelism of the run is still there.
     """
     stages = tuple(
         replace(

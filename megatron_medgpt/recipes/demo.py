@@ -28,14 +28,14 @@ VOCAB_SIZE = 512
 MODEL = ModelConfig(
     language=LanguageConfig(
         num_layers=4, hidden_size=96, num_attention_heads=6, num_query_groups=2, head_dim=16, num_experts=8,
-        num_experts_per_token=2, expert_hidden_size=96, vocab_size=VOCAB_SIZE, sliding_window=32,
-        yarn_original_length=128, max_length=4096,
+        num_experts_per_token=2, expert_hidden_size=96, vocab_size=VOCAB_SIZE, sliding_window=64,
+        yarn_original_length=128, max_length=4096, init_std=0.08,
     ),
     vision=VisionConfig(
         num_layers=4, hidden_size=96, num_attention_heads=4, mlp_hidden_size=256, image_size_px=84,
         pretrained_size_px=84, patch_size_px=14,
     ),
-    projector=ProjectorConfig(),
+    projector=ProjectorConfig(pixel_shuffle=2),
 )  # fmt: skip
 
 
@@ -47,10 +47,10 @@ def demo() -> RunConfig:
     align = StageConfig(
         name="align",
         data=(BlendConfig(path="demo/data/captions"),),
-        num_steps=250,
+        num_steps=300,
         sequence_length=256,
-        micro_batch_rows=8,
-        global_batch_rows=16,
+        micro_batch_rows=4,
+        global_batch_rows=8,
         parallel=ParallelConfig(expert=2),
         optimizer=rates,
         validation_data=(BlendConfig(path="demo/data/validation"),),
@@ -59,9 +59,9 @@ def demo() -> RunConfig:
     instruct = replace(
         align,
         name="instruct",
-        data=(BlendConfig(path="demo/data/dialogues"), BlendConfig(path="demo/data/captions", weight=0.1)),
+        data=(BlendConfig(path="demo/data/dialogues"), BlendConfig(path="demo/data/captions")),
         num_steps=1200,
-        micro_batch_rows=16,
+        micro_batch_rows=8,
         parallel=ParallelConfig(tensor=2, expert=2),
         validation_interval=300,
     )

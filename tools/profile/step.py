@@ -126,9 +126,7 @@ def table(results: list[dict]) -> str:
                 f"{f['p90_s']:.3f} | {f['cpu_median_s']:.3f} | {f['tokens_per_s']:,.0f} | "
                 f"{f.get('peak_memory_bytes', float('nan')) / 2**30:.2f} |"
             )
-        lines.append(
-            f"| | | times faster | x{result['speed_up_wall']:.2f} | | x{result['speed_up_cpu']:.2f} | | |"
-        )
+        lines.append(f"| | | times faster | x{result['speed_up_wall']:.2f} | | x{result['speed_up_cpu']:.2f} | | |")
     return "\n".join(lines)
 
 

@@ -141,6 +141,7 @@ def test_a_killed_ingest_continues_and_gives_the_same_bytes(study, ingest, token
         child.wait(timeout=30)
         child.stdout.close()
     (tmp_path / "killed" / ".shard-00002.text.bin").write_bytes(b"half a shard")
+    (tmp_path / "killed" / "shard-00000.text.bin").write_bytes(b"finished, then damaged")
     assert not (tmp_path / "killed" / "dataset.json").exists()
     kept = (tmp_path / "killed" / "shard-00001.image.bin").stat().st_mtime_ns
     ingest(study, "killed")

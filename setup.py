@@ -21,7 +21,8 @@ CORE = [
     "pydicom>=3.0.2",  # 3.0.2 mends a path traversal in DICOMDIR
     "python-gdcm",  # 12-bit and lossless JPEG without GPL code
     "pyjpegls",  # JPEG-LS
-    "pylibjpeg-openjpeg",  # JPEG 2000 and HTJ2K
+    "pylibjpeg>=2.0",  # loads the two plug-ins below
+    "pylibjpeg-openjpeg>=2.2",  # JPEG 2000 and HTJ2K
     "pylibjpeg-rle",
     "pillow>=12.2",  # 12.2 mends a FITS decompression bomb
 ]

@@ -124,8 +124,8 @@ def ingest(
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
-    sample: Annotated[int | None, typer.Option(help="Show this sample.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the sample into this file.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Show this many samples.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
     json: Json = False,
 ) -> None:
     """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.

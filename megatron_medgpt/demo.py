@@ -32,8 +32,8 @@ class Sizes:
     num_test: int
 
 
-FULL = Sizes(num_train=4000, num_validation=160, num_test=400)
-QUICK = Sizes(num_train=96, num_validation=16, num_test=16)
+FULL = Sizes(num_train=4000, num_validation=160, num_test=384)
+QUICK = Sizes(num_train=96, num_validation=16, num_test=64)
 
 
 @dataclass(frozen=True, kw_only=True)

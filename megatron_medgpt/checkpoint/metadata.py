@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,20 @@ _ALLOWED_GLOBALS = {
 """What ``.metadata`` needs. torch reads that file with plain pickle (pytorch#189308), where any other global runs."""
 
 
+def _enum_member(kind: Any, name: Any) -> enum.Enum:
+    """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of enums; it reads nothing else."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind.__members__[name]
+    raise UsageError(
+        f"checkpoint metadata wants to read {name} of {kind}, which no checkpoint needs: do not trust this "
+        "checkpoint or where it came from"
+    )
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name == "getattr" and module in ("builtins", "__builtin__"):
+            return _enum_member
         if (module, name) not in _ALLOWED_GLOBALS:
             raise UsageError(
                 f"checkpoint metadata wants to load {module}.{name}, which no checkpoint needs: do not trust this "

@@ -7,6 +7,7 @@ moved at all. In MXFP4, and in OpenAI's files, they lie the other way round.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -97,6 +98,25 @@ def original_table(
 def experts_stored(names: Iterable[str]) -> Experts:
     """How a published model stores its experts, by its tensors' names."""
     return "mxfp4" if any(name.endswith(("_proj_blocks", "_weight.blocks")) for name in names) else "plain"
+
+
+_PACKED_LEAVES = ("blocks", "scales")
+
+
+def kept_packed(table: Table) -> Table:
+    """The table with MXFP4 blocks and scales as they are, under our names with these endings."""
+    rows: list[Row] = []
+    for row in table.rows:
+        if row.move.packs:
+            rows += [Row(f"{row.ours}_{leaf}", (name,)) for leaf, name in zip(_PACKED_LEAVES, row.published)]
+        else:
+            rows.append(row)
+    return replace(table, rows=tuple(rows))
+
+
+def is_packed(names: Iterable[str]) -> bool:
+    """Does a checkpoint of ours hold its experts in MXFP4?"""
+    return any(".experts." in name and name.endswith("_blocks") for name in names)
 
 
 def _expert_rows(here: str, there: str, names: dict[str, str], move: Move, before: str) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.presets import VISION
 from megatron_medgpt.config.schema import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_medgpt.convert.layout import SAME
+from megatron_medgpt.convert.gpt_oss import kept_packed
 from megatron_medgpt.convert.llava import projector_table
 from megatron_medgpt.convert.safetensor import TensorSpec
 from megatron_medgpt.convert.source import Published, open_published
 from megatron_medgpt.convert.store import CheckpointWriter
+from megatron_medgpt.convert.stored import stored_key
 from megatron_medgpt.convert.stream import (
     Part,
     Source,
@@ -31,7 +31,7 @@ from megatron_medgpt.convert.stream import (
     staged_folder,
     to_ours_specs,
 )
-from megatron_medgpt.convert.table import Row, Table
+from megatron_medgpt.convert.table import Row
 from megatron_medgpt.model.projector import Projector
 from megatron_medgpt.model.vision import build_vision
 
@@ -117,7 +117,9 @@ def plan_import(
     wide = DTYPES[dtype] or torch.bfloat16
     language_table = opened.language_table(config.language, wide)
     if keep_packed:
-        language_table = _kept_packed(language_table, opened)
+        if opened.experts != "mxfp4":
+            raise UsageError(f"--keep-packed: {opened.folder} holds no MXFP4 experts")
+        language_table = kept_packed(language_table)
     pieces = [_Piece(language_table.rows, opened.language, f"{language} ({_kind(opened)})")]
     language_table.check_published(opened.language.names, str(language))
     unused = list(opened.others)
@@ -229,24 +231,8 @@ def _new_piece(prefix: str, parameters: dict[str, torch.nn.Parameter], origin: s
     return _Piece(tuple(Row(name, (name,)) for name in tensors), TensorsInMemory(tensors), origin)
 
 
-def _kept_packed(table: Table, opened: Published) -> Table:
-    """Rows that store MXFP4 blocks and scales as they are, under our names with these endings."""
-    if opened.experts != "mxfp4":
-        raise UsageError(f"--keep-packed: {opened.folder} holds no MXFP4 experts")
-    rows: list[Row] = []
-    for row in table.rows:
-        if row.move.packs:
-            leaves = ("blocks", "scales")
-            rows += [Row(f"{row.ours}_{leaf}", (name,), SAME) for leaf, name in zip(leaves, row.published)]
-        else:
-            rows.append(row)
-    return replace(table, rows=tuple(rows))
-
-
 def _one_dtype_a_stack(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Refuse nothing: where the layers of one parameter differ in dtype, all take the widest."""
-    from megatron_medgpt.convert.stored import stored_key
-
+    """Where the layers of one parameter differ in dtype, all take the widest: they are one tensor in the file."""
     widest: dict[str, torch.dtype] = {}
     for name, spec in specs.items():
         key = stored_key(name)[0]
@@ -264,7 +250,7 @@ def _check_shapes(config: ModelConfig, specs: dict[str, TensorSpec], keep_packed
                 f"tensor {name} has shape {list(specs[name].shape)}, config.json makes it {list(shape)}; "
                 "weights and configuration are of two models"
             )
-        if name in specs and not specs[name].dtype.is_floating_point:
+        if name in specs and not specs[name].dtype.is_floating_point:  # packed ones have other names
             raise UsageError(f"tensor {name} is {specs[name].dtype}; weights are floating point or MXFP4")
 
 
@@ -310,8 +296,3 @@ def _fingerprint(folder: Path) -> str:
         with open(path, "rb") as stream:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode() + stream.read(1 << 20))
     return digest.hexdigest()
-
-
-def unused_report(names: Sequence[str]) -> str:
-    """Unused tensors, one a line."""
-    return "\n".join(names)

@@ -55,6 +55,7 @@ class _HashedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self.name, self._file = path.name, open(path, "xb", buffering=0)  # noqa: SIM115 (closed by finish, abandon)
         self._digest, self.at = hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -63,8 +64,12 @@ class _HashedFile(io.RawIOBase):
         view = memoryview(data).cast("B")
         self._digest.update(view)
         left = view
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.failure = error
+            raise
         self.at += len(view)
         return len(view)
 
@@ -110,7 +115,13 @@ class CheckpointWriter:
         file.align()
         start = file.at
         # A tensor that is a part of a larger storage would be saved with all of it.
-        torch.save(tensor.contiguous() if _owns_its_storage(tensor) else tensor.clone().contiguous(), file)
+        whole = tensor.contiguous() if _owns_its_storage(tensor) else tensor.clone().contiguous()
+        try:
+            torch.save(whole, file)
+        except Exception:
+            if file.failure is not None:  # torch's writer makes something else of a full disk
+                raise file.failure from None
+            raise
         with self._lock:
             self._written.setdefault(key, []).append((offsets, tuple(tensor.shape), file.name, start, file.at - start))
 

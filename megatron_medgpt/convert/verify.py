@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig
+from megatron_medgpt.convert.gpt_oss import is_packed, kept_packed
 from megatron_medgpt.convert.layout import Move, packed
 from megatron_medgpt.convert.llava import projector_table
 from megatron_medgpt.convert.logits import (
@@ -105,7 +106,11 @@ def verify(
     report = VerifyReport(quantised_by=_scale_rule(published))
     _compare_configuration(config, published, report)
     tables = _tables(config, published, open_published(Path(vision)) if vision is not None else None, report)
+    packed_experts = is_packed(stored.names)
+    if packed_experts and logits:
+        raise UsageError(f"checkpoint {path} holds MXFP4 experts, which the model cannot compute with; add --no-logits")
     for table, source in tables:
+        table = kept_packed(table) if packed_experts else table
         _compare_tensors(table, source, stored, report, num_threads)
     if logits and not report.configuration:
         _compare_logits(path, config, published, layouts, images, seed, report)

@@ -68,7 +68,8 @@ def collate(
         rows: documents of each row, in order.
         keep: positions ``[first, end)`` that this tensor-parallel rank owns; only images that reach into them are
             listed and asked for. None is the whole row.
-        pixels: gives float32 (I, 3, size, size) of the keys; None leaves pixels and spans out.
+        pixels: gives float32 (I, 3, size, size) of the keys; None leaves the pixels out and lists the spans all the
+            same (later pipeline stages count image tokens by them).
 
     Raises:
         WorkError: marks and images do not match, or a row is longer than the sequence: the shard is damaged.
@@ -97,7 +98,7 @@ def collate(
             num_images += len(document.image_keys)
             for offset, key in zip(starts, document.image_keys, strict=True):
                 at = start + offset
-                if pixels is not None and at < end_kept and at + shape.tokens_per_image > first_kept:
+                if at < end_kept and at + shape.tokens_per_image > first_kept:
                     image = number_of_key.setdefault(key, len(number_of_key))
                     spans.append(ImageSpan(row=row, start=at, image=image, num_tokens=shape.tokens_per_image))
         positions[row, end:] = np.arange(shape.sequence_length - end)

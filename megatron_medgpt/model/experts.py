@@ -69,13 +69,15 @@ class Router(MegatronModule):
         top_TK, experts_TK = logits_TE.topk(self.config.moe_router_topk, dim=-1)
         weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, torch.softmax(top_TK, dim=-1))
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
-        self._count(experts_TK)
+        if self.training:
+            self._count(experts_TK)
         if self.training and torch.is_grad_enabled():
             weights_TE = self._with_losses(weights_TE, logits_TE, chosen_TE)
         return weights_TE.to(hidden_SBH.dtype), chosen_TE
 
     def _count(self, experts_TK: Tensor) -> None:
-        """Add to the load counts, on the device, once per micro-batch (a recomputed forward does not count again)."""
+        """Add to the load counts, on the device, once per micro-batch of training (a recomputed forward does not count
+        again)."""
         rows = self.rows
         if rows is None or self.layer_number in rows.counted_layers:
             return

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 PACKAGE = "megatron_medgpt"
 
@@ -26,6 +27,18 @@ class _Line(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is now: a live progress bar puts itself there so that lines go above it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """The base class sets it once; there is nothing to keep."""
+
+
 def set_up_log(rank: int = 0, *, debug: bool = False, file: Path | None = None) -> None:
     """Send the package's log lines to stderr (and to ``file``), once per process; calling it again replaces them.
 
@@ -38,7 +51,7 @@ def set_up_log(rank: int = 0, *, debug: bool = False, file: Path | None = None) 
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_CurrentStderr()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
@@ -49,7 +62,7 @@ def set_up_log(rank: int = 0, *, debug: bool = False, file: Path | None = None) 
     logger.propagate = False
     if not debug:
         # Every rank would print the engine's notes that TransformerEngine and apex are missing; doctor says it once.
-        for module in (r"megatron\.core", r"torch\.distributed\.checkpoint", r"torch\.utils\.cpp_extension"):
+        for module in (r"megatron\.core", r"torch\.distributed", r"torch\.utils\.cpp_extension"):
             warnings.filterwarnings("ignore", module=module)
 
 

@@ -117,9 +117,12 @@ def make_plan(request: Request, *, keep: int = 5) -> Plan:
         reasons = "; ".join(sorted(refused)[:3])
         raise UsageError(f"no layout of {request.num_gpus} GPU(s) can be built: {reasons}")
     return Plan(
-        request=request, best=tuple(_best_of_each(_fastest(request, fitting, keep), keep)), num_fitting=len(fitting), refused=refused,
+        request=request,
+        best=tuple(_best_of_each(_fastest(request, fitting, keep), keep)),
+        num_fitting=len(fitting),
+        refused=refused,
         nearest=nearest[1] if nearest else "",
-    )  # fmt: skip
+    )
 
 
 def _fastest(request: Request, fitting: list, keep: int) -> list[Candidate]:

@@ -104,6 +104,7 @@ ENGINE_MODULES = (
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel",
     "megatron.core.models.gpt",
+    "megatron.core.transformer.attention",
     "megatron.core.transformer.moe.moe_layer",
     "megatron.core.distributed",
     "megatron.core.distributed.finalize_model_grads",

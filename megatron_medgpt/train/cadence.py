@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,7 +116,6 @@ class Cadence:
 
     def save(self, parts: Parts, progress, *, stage_end: bool) -> Path:
         """Write a checkpoint of this moment. Collective."""
-        started = time.perf_counter()
         state = full_state(parts.models, parts.optimizer, parts.groups)
         facts = CheckpointFacts(
             step=progress.step, stage_index=parts.stage_index, stage_name=parts.stage.name,
@@ -133,8 +131,6 @@ class Cadence:
             parallel_group=parts.groups.dp_cp,
         )  # fmt: skip
         progress.lineage = (*progress.lineage, f"{path.name}@{read_manifest(path).digest[:16]}")
-        if self.line is not None:
-            self.line.say(f"saved {path.name} in {time.perf_counter() - started:.1f} s")
         dist.barrier()
         return path
 

@@ -34,7 +34,7 @@ def test_the_demo_writes_its_summary_report_and_run(demo):
     out, _ = demo
     summary = json.loads((out / "summary.json").read_text())
     assert summary["layouts"] == ["align TP1·PP1·EP2·DP2", "instruct TP2·PP1·EP2·DP1"]
-    assert summary["n"] == 16
+    assert summary["n"] == 64
     assert set(summary["controls"]) == {"blank_image", "shuffled_image"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "phantoms" in page and "http://" not in page.replace("http://www.w3.org", "")

@@ -44,7 +44,7 @@ if ! image images --quiet stand-in >/dev/null 2>&1; then
 fi
 
 echo "== Dockerfile"
-image bud --isolation chroot --layers=false --tag medgpt "${mounts[@]}" \
+image bud --isolation chroot --layers --tag medgpt "${mounts[@]}" \
   --build-arg BASE_IMAGE=localhost/stand-in --build-arg PIP_ARGS="$PIP_ARGS" \
   --build-arg REVISION="$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" .
 

@@ -1,0 +1,204 @@
+"""What the launchers decide and print, without Slurm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SLURM = ROOT / "tools" / "slurm"
+sys.path.insert(0, str(SLURM))
+
+import attempt  # noqa: E402  (tools are programs, not a package)
+import node  # noqa: E402
+import preflight  # noqa: E402
+import submit  # noqa: E402
+
+
+def ended(out: Path, status: str, step: int = -1, **fields) -> tuple[int, str]:
+    """One attempt that left this marker and this newest checkpoint."""
+    attempt.begin(out)
+    if step >= 0:
+        (out / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+    (out / "state.json").write_text(json.dumps({"status": status, **fields}))
+    return attempt.decide(out, max_restarts=3)
+
+
+def test_a_stopped_run_is_requeued_and_a_finished_one_is_not(tmp_path):
+    assert ended(tmp_path, "stopped", 10)[0] == attempt.REQUEUE
+    assert ended(tmp_path, "done", 20, step=20) == (attempt.DONE, "done after step 20")
+
+
+def test_a_run_that_says_it_failed_is_given_up_with_its_reason(tmp_path):
+    code, reason = ended(tmp_path, "failed", 10, reason="step 11: loss is not finite")
+    assert code == attempt.GIVE_UP
+    assert "loss is not finite" in reason
+
+
+def test_a_run_that_never_began_is_given_up_though_an_earlier_attempt_had_stopped(tmp_path):
+    ended(tmp_path, "stopped", 10)
+    attempt.begin(tmp_path)  # and then nothing
+    assert attempt.decide(tmp_path, max_restarts=3)[0] == attempt.GIVE_UP
+
+
+def test_nothing_is_requeued_for_ever(tmp_path):
+    codes = [ended(tmp_path, "running", 10)[0] for _ in range(4)]
+    assert codes == [attempt.REQUEUE, attempt.REQUEUE, attempt.REQUEUE, attempt.GIVE_UP]
+
+
+def test_a_new_checkpoint_starts_the_count_again(tmp_path):
+    for step in (10, 10, 10, 20, 20, 20):
+        assert ended(tmp_path, "running", step)[0] == attempt.REQUEUE
+    assert "20" in ended(tmp_path, "running", 20)[1]
+
+
+def test_torchrun_waits_for_ranks_that_save_and_survives_sigusr1():
+    command = node.torchrun_command(ranks=2, nodes=2, node=1, address="h", port="1", save_seconds=300)
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" in command
+    assert "--shutdown-timeout=240" in command
+    assert "--max-restarts=0" in command
+
+
+def test_a_port_in_use_is_named(unused_port):
+    with unused_port as (listener, port):
+        listener.listen()
+        assert f"port {port} on here cannot be opened" in node.port_fault("here", port)
+
+
+def test_a_first_node_that_never_comes_is_named_within_the_deadline():
+    fault = node.reach_fault("127.0.0.1", 9, deadline_s=1.0)
+    assert "cannot reach the first node at 127.0.0.1:9 within 1 s" in fault
+
+
+@pytest.fixture
+def unused_port():
+    import contextlib
+    import socket
+
+    @contextlib.contextmanager
+    def bound():
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            yield listener, listener.getsockname()[1]
+
+    return bound()
+
+
+def report(name: str, **changes) -> dict:
+    card = {"name": "NVIDIA H100", "memory_mib": 81_559, "used_mib": 3}
+    fields = {
+        "node": name, "time": 1000.0, "python": "3.12", "packages": {"torch": "2.13"}, "code": "abc", "system": "x",
+        "gpus": [dict(card) for _ in range(8)], "shared": None, "free_bytes": 10**12,
+    }  # fmt: skip
+    return {**fields, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gpus": [{"name": "NVIDIA H100", "memory_mib": 81_559, "used_mib": 3}] * 7}, "7 GPU(s), 8 expected"),
+        ({"gpus": [{"name": "A100", "memory_mib": 40_960, "used_mib": 3}] * 8}, "is A100 with 40960 MiB"),
+        ({"gpus": [{"name": "H100", "memory_mib": 81_559, "used_mib": 9_000}] * 8}, "in use by another process"),
+        ({"gpus": None}, "nvidia-smi does not run"),
+        ({"shared": "/run cannot be written: Read-only file system"}, "Read-only file system"),
+        ({"free_bytes": 10**9}, "1.0 GB free"),
+        ({"code": None}, "not installed"),
+        ({"code": "def"}, 'code "def" differs'),
+        ({"system": "other image"}, 'system "other image" differs'),
+        ({"time": 1100.0}, "clock is +100 s off"),
+    ],
+)
+def test_preflight_names_the_bad_node_and_the_cause(changes, says):
+    reports = {name: report(name) for name in ("n1", "n3")} | {"n2": report("n2", **changes)}
+    found = preflight.faults(reports, ["n1", "n2", "n3"], gpus=8, gpu="h100")
+    assert found
+    assert all(fault.startswith("node n2: ") for fault in found)
+    assert says in found[0]
+
+
+def test_preflight_accepts_nodes_that_are_alike_and_names_one_that_does_not_answer():
+    reports = {name: report(name) for name in ("n1", "n2")}
+    assert preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100") == []
+    assert preflight.faults(reports, ["n1", "n2", "n3"], gpus=8, gpu="h100")[0].startswith("node n3: no answer")
+
+
+def settings_file(folder: Path, **changes) -> Path:
+    given = {
+        "workspace": str(folder / "w"), "nodes": 4, "gpus_per_node": 8, "gpu": "h100", "account": "med",
+        "chain": [
+            {"job": "ingest", "inputs": ["a.jsonl", "b.jsonl"], "out": "data/align", "tokenizer": "t", "key_file": "k"},
+            {"job": "convert", "arguments": ["hf-to-megatron", "--language", "gpt-oss-20b", "--out", "c"]},
+            {"job": "train", "run": "20b-16xh100", "out": "runs/a", "overrides": ["seed=7"]},
+            {"job": "evaluate", "arguments": ["omnimedvqa", "--data", "d", "--checkpoint", "runs/a", "--out", "e.json"]},
+        ],
+        **changes,
+    }  # fmt: skip
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(given))
+    return file
+
+
+def test_a_dry_run_prints_every_job_after_the_one_before_it_and_writes_nothing(tmp_path, capsys):
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path)), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[-2 if "env" in line else -1] for line in lines]
+    scripts = [next(w for w in line.split() if w.endswith(".sbatch")).split("/")[-1] for line in lines]
+    assert scripts == ["ingest.sbatch", "merge.sbatch", "convert.sbatch", "train.sbatch", "evaluate.sbatch"]
+    assert "--array=0-1" in lines[0]
+    assert "--dependency" not in lines[0]
+    assert "--dependency=afterok:'<train>'" in lines[4] or "--dependency=afterok:<train>" in lines[4].replace("'", "")
+    assert "--nodes=4" in lines[3] and "--gpus-per-node=8" in lines[3] and "--account=med" in lines[3]
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nodse": 4}, "unknown setting 'nodse'"),
+        ({"runtime": "docker"}, "allowed: bare, pyxis, apptainer"),
+        ({"runtime": "pyxis"}, "needs image"),
+        ({"workspace": ""}, "workspace is missing"),
+        ({"chain": [{"job": "dance"}]}, "allowed: ingest, convert, train, evaluate"),
+        ({"chain": [{"job": "train", "run": "x"}]}, "train: out is missing"),
+        ({"chain": [{"job": "train", "run": "x", "out": "y", "hf_token": "abc"}]}, "looks like a secret"),
+        ({"extra": ["--comment=hf_" + "a" * 30]}, "holds a token"),
+    ],
+)
+def test_wrong_settings_are_one_line_that_names_them(tmp_path, capsys, changes, says):
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path, **changes)), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_the_example_settings_are_complete(capsys, tmp_path):
+    text = (SLURM / "settings.example.yaml").read_text().replace("/shared/you/medgpt", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(text)
+    assert submit.main(["train", "--settings", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
+    assert set(submit.DEFAULTS) - {"chain", "ranks_per_node"} <= set(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in SLURM.glob("*.s*") if p.suffix in (".sh", ".sbatch")))
+def test_every_shell_file_parses_and_every_job_is_strict(script):
+    assert subprocess.run(["bash", "-n", str(SLURM / script)]).returncode == 0
+    if script.endswith(".sbatch"):
+        assert "set -euo pipefail" in (SLURM / script).read_text()
+
+
+def test_srun_tasks_describe_their_world_as_torchrun_would():
+    from megatron_medgpt.parallel.launch import world_of_srun
+
+    task = {
+        "SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NODELIST": "gpu7", "SLURM_JOB_ID": "12345",
+    }  # fmt: skip
+    assert world_of_srun(task) == {
+        "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu7",
+        "MASTER_PORT": "32345",
+    }  # fmt: skip
+    assert world_of_srun({**task, "MASTER_ADDR": "a", "MASTER_PORT": "5"})["MASTER_ADDR"] == "a"

@@ -36,6 +36,7 @@ EXTRAS = {
         "pyarrow",
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
+        "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -173,10 +173,25 @@ class KernelConfig:
     silently: a named implementation that cannot serve a call is an error."""
 
     attention: Literal["auto", "reference", "flex"] = "auto"
-    experts: Literal["auto", "reference", "grouped"] = "auto"
+    experts: Literal["auto", "reference", "grouped", "bf16", "fp8", "mxfp4"] = "auto"
+    """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded to
+    MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
+    ``grouped``, PyTorch's products, until the fused ones have been measured on a GPU."""
+    dispatch: Literal["bf16", "fp8"] = "bf16"
+    """Numbers of the rows that expert-parallel ranks send each other: ``bf16`` is the run's precision."""
+    projector: Literal["auto", "reference", "fused"] = "auto"
+    """``fused`` writes the projected rows into the sequence; it needs Triton."""
+    loss: Literal["auto", "whole", "chunked"] = "auto"
+    """``chunked`` never holds the logits of all tokens; it makes them twice. ``auto`` is ``whole``."""
 
     def __post_init__(self) -> None:
-        choices = {"attention": ("auto", "reference", "flex"), "experts": ("auto", "reference", "grouped")}
+        choices = {
+            "attention": ("auto", "reference", "flex"),
+            "experts": ("auto", "reference", "grouped", "bf16", "fp8", "mxfp4"),
+            "dispatch": ("bf16", "fp8"),
+            "projector": ("auto", "reference", "fused"),
+            "loss": ("auto", "whole", "chunked"),
+        }
         for name, allowed in choices.items():
             _require(
                 getattr(self, name) in allowed,

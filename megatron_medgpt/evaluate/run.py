@@ -60,7 +60,13 @@ def evaluate_model(
         return 0
     from megatron_medgpt.evaluate.engine import EndpointEngine, HuggingFaceEngine
 
-    engine = HuggingFaceEngine(hf) if hf is not None else EndpointEngine(str(endpoint))
+    engine: Any
+    if hf is not None and protocol in LIKELIHOOD:
+        from megatron_medgpt.evaluate.hugging_face import HuggingFaceLikelihoodEngine
+
+        engine = HuggingFaceLikelihoodEngine(hf)
+    else:
+        engine = HuggingFaceEngine(hf) if hf is not None else EndpointEngine(str(endpoint))
     _run(task, data, out, engine, protocol=protocol, limit=limit, controls=controls)
     return 0
 

@@ -6,13 +6,17 @@ checkpoint without a move. The tensor degree of experts is 1: every rank of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from medgpt_kernels.grouped_mlp import op, reference
+from medgpt_kernels.grouped_mlp import op, reference, routed, routed_reference
+from medgpt_kernels.mx.op import fake_quantise_mxfp4
+from medgpt_kernels.mx.reference import MX_BLOCK
+from medgpt_kernels.route import op as route
 from torch import Tensor, nn
 
 from megatron_medgpt.model.attention import RowInfo, mark_slice
@@ -140,17 +144,14 @@ class GroupedExperts(MegatronModule):
         for parameter in self.parameters():
             parameter.allreduce = False
             mark_slice(parameter, 0)
-        self._mlp = reference.grouped_mlp if config.experts_kernel == "reference" else op.grouped_mlp
+        self._mlp = expert_products(config.experts_kernel, hidden, inner)
 
     def forward(
         self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int], weights_M: Tensor
     ) -> tuple[Tensor, None]:
         """Rows sorted by expert to their weighted outputs, (M, H)."""
-        counts = tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
-        out_MH = self._mlp(
-            rows_MH, counts, self.gate_up, self.gate_up_bias, self.down, self.down_bias, limit=self.config.swiglu_limit
-        )
-        return out_MH * weights_M[:, None], None
+        weights = (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
+        return self._mlp(rows_MH, tokens_per_expert, weights_M, *weights, limit=self.config.swiglu_limit), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Split over the expert group on the axis of experts, replicated over the expert data group."""
@@ -163,3 +164,54 @@ class GroupedExperts(MegatronModule):
             )
             for name, parameter in self.state_dict(prefix="", keep_vars=True).items()
         }
+
+
+def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]:
+    """The function of (rows, tokens per expert, weights, gate_up, its bias, down, its bias) that a kernel name means.
+
+    Raises:
+        ValueError: MXFP4 blocks of 32 do not fit the expert's sizes.
+    """
+    if name in ("auto", "grouped"):
+        return partial(_counted, op.grouped_mlp)
+    if name == "reference":
+        return partial(_counted, reference.grouped_mlp)
+    if name == "mxfp4":
+        for size, of in ((hidden, "hidden_size"), (inner, "expert_hidden_size")):
+            if size % MX_BLOCK:
+                raise ValueError(f"experts=mxfp4 needs model.language.{of} to divide by {MX_BLOCK}; it is {size}")
+        return _mxfp4
+    return partial(_routed, precision=name)
+
+
+def _counted(product: Callable[..., Tensor], rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float):
+    counts = tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
+    return product(rows_MH, counts, *weights, limit=limit) * weights_M[:, None]
+
+
+def _routed(rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float, precision: str) -> Tensor:
+    """The fused layer, for rows that are sorted by expert: a token of its own each. Plain PyTorch on a CPU."""
+    counts_E = torch.as_tensor(tokens_per_expert)
+    if not rows_MH.is_cuda:
+        experts_M1 = torch.repeat_interleave(torch.arange(counts_E.numel()), counts_E.long())[:, None]
+        return routed_reference.routed_mlp(
+            rows_MH, weights_M[:, None], experts_M1, *weights, limit=limit, fp8=precision == "fp8"
+        )
+    counts_E = counts_E.to(rows_MH.device, non_blocking=True)
+    index = route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
+    return routed.routed_mlp(
+        rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, *weights, limit=limit, precision=precision,
+        implementation="triton",
+    )  # fmt: skip
+
+
+def _mxfp4(rows_MH, tokens_per_expert, weights_M, gate_up, gate_up_bias, down, down_bias, *, limit: float) -> Tensor:
+    """Weights as MXFP4 holds them, in blocks along the axis that the product sums over."""
+
+    def rounded(w_EKN: Tensor) -> Tensor:
+        return fake_quantise_mxfp4(w_EKN.transpose(1, 2)).transpose(1, 2).contiguous()
+
+    weights = (rounded(gate_up), gate_up_bias, rounded(down), down_bias)
+    if rows_MH.is_cuda:
+        return _routed(rows_MH, tokens_per_expert, weights_M, *weights, limit=limit, precision="bf16")
+    return _counted(op.grouped_mlp, rows_MH, tokens_per_expert, weights_M, *weights, limit=limit)

@@ -31,6 +31,7 @@ class EngineConfig(TransformerConfig):
     sliding_window: int = 128
     swiglu_limit: float = 7.0
     experts_kernel: str = "auto"
+    dispatch_payload: str = "bf16"
     recompute_layers: bool = False
     router_balance_coefficient: float = 0.0
     router_z_coefficient: float = 0.0
@@ -64,6 +65,7 @@ def engine_config(
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=False,
         perform_initialization=False, calculate_per_token_loss=True,
         sliding_window=language.sliding_window, swiglu_limit=language.swiglu_limit, experts_kernel=kernels.experts,
+        dispatch_payload=kernels.dispatch,
         recompute_layers=recompute == "layer", router_balance_coefficient=router_balance_coefficient,
         router_z_coefficient=router_z_coefficient,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from medgpt_kernels.cross_entropy.op import cross_entropy as chunked_cross_entropy
 from medgpt_kernels.sink_attention import op
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class MedGPT(MegatronModule):
         self.tp_group = groups.tp
         device, dtype = current_device(), config.params_dtype
         self.attention = op.choose(kernels.attention, device)
+        self.kernels = kernels
         self.vision = self.projector = None
         if self.pre_process:
             made = {"device": device, "tp_group": groups.tp}
@@ -105,6 +107,8 @@ class MedGPT(MegatronModule):
             pixels = torch.empty(0, 3, size, size, device=text_SBH.device)
         runs = image_runs(batch.image_spans, first=first, end=end)
         # With no images too: a rank without images must still hold a graph for the parameters that others train.
+        if self.kernels.projector == "fused":
+            return self.projector.into(text_SBH, self.vision(pixels), runs)
         rows_NH = self.projector(self.vision(pixels), runs)
         return merge_images(text_SBH, rows_NH, runs)
 
@@ -123,8 +127,12 @@ class MedGPT(MegatronModule):
         else:
             place_N = wanted.nonzero()[:, 0]
         hidden_NH = hidden_SBH.transpose(0, 1).flatten(0, 1).index_select(0, place_N)
-        logits_NV = F.linear(hidden_NH, self.language.output_layer.weight)
-        loss_N = cross_entropy(logits_NV, labels_BS.flatten()[place_N], self.tp_group)
+        weight_VH, labels_N = self.language.output_layer.weight, labels_BS.flatten()[place_N]
+        if self.kernels.loss == "chunked":
+            first_id = self.tp_group.rank() * weight_VH.shape[0]
+            loss_N = chunked_cross_entropy(hidden_NH, weight_VH, labels_N, first_id=first_id, group=self.tp_group)
+        else:
+            loss_N = cross_entropy(F.linear(hidden_NH, weight_VH), labels_N, self.tp_group)
         return loss_N.new_zeros(batch_rows * length).index_add(0, place_N, loss_N).view(batch_rows, length)
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:

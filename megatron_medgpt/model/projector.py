@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from medgpt_kernels.projector.op import placement, project_into
 from torch import Tensor, nn
 
 from megatron_medgpt.config.schema import ModelConfig
@@ -71,6 +72,22 @@ class Projector(ReplicatedModule):
             features_IPF = pixel_shuffle(features_IPF, self.fold)
         rows = features_IPF if runs is None else take_image_rows(features_IPF, runs)
         return self.linear_2(F.gelu(self.linear_1(rows)))
+
+    def into(self, text_SBH: Tensor, features_IPF: Tensor, runs: Sequence[ImageRun]) -> Tensor:
+        """``text_SBH`` with the projected image tokens of the runs at their places, in one fused call.
+
+        The same function as ``merge_images`` after ``forward``.
+        """
+        images, patches, _ = features_IPF.shape
+        side, width = round(patches**0.5), text_SBH.shape[1]
+        per_image = patches // self.fold**2
+        tokens = [run.image * per_image + run.offset + i for run in runs for i in range(run.length)]
+        places = [(run.start + i) * width + run.row for run in runs for i in range(run.length)]
+        at = placement(tokens, places, num_images=images, side=side, fold=self.fold, device=text_SBH.device)
+        first, second = self.linear_1, self.linear_2
+        return project_into(
+            text_SBH.contiguous(), features_IPF.contiguous(), at, first.weight, first.bias, second.weight, second.bias
+        )
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """By fan-in, except that image rows start at the size of text embeddings (``language.init_std``).

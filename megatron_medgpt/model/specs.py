@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_medgpt.model.attention import RowInfo, SinkAttention
+from megatron_medgpt.model.dispatch import Fp8Dispatcher
 from megatron_medgpt.model.experts import GroupedExperts, Router
 from megatron_medgpt.parallel.platform import current_device, engine_version, prepare_engine
 

@@ -249,7 +249,7 @@ def _will_use(devices: _Devices) -> dict[str, str]:
     gpu = devices.num_gpus > 0
     return {
         "platform": f"{devices.name} (NCCL)" if gpu else f"CPU, {num_cores()} cores (gloo)",
-        "attention": "FlexAttention" if gpu else "eager reference",
+        "attention": "FlexAttention" if gpu else "fused on the CPU, sinks and windows in its mask",
         "images": "DALI"
         if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
         else "Pillow",

@@ -52,7 +52,7 @@ def draw_scaling(curves: dict[str, list[ScalePoint]], parts_of: str, path: Path)
     share_axes.stackplot(
         [p.num_gpus for p in points], [[p.shares[part] for p in points] for part in SHARES], labels=SHARES
     )
-    share_axes.set(xscale="log", title=f"where a step goes: {parts_of}", xlabel="GPUs", ylabel="share", ylim=(0, 1))
+    share_axes.set(xscale="log", title=f"a step of {parts_of}", xlabel="GPUs", ylabel="share", ylim=(0, 1))
     share_axes.legend(fontsize=7, loc="lower left")
     for axes in (speed_axes, share_axes):
         axes.set_xticks([p.num_gpus for p in max(curves.values(), key=len)])

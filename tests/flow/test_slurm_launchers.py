@@ -31,7 +31,7 @@ def ended(out: Path, status: str, step: int = -1, **fields) -> tuple[int, str]:
 
 def test_a_stopped_run_is_requeued_and_a_finished_one_is_not(tmp_path):
     assert ended(tmp_path, "stopped", 10)[0] == attempt.REQUEUE
-    assert ended(tmp_path, "done", 20, step=20) == (attempt.DONE, "done after step 20")
+    assert ended(tmp_path, "done", 20)[0] == attempt.DONE
 
 
 def test_a_run_that_says_it_failed_is_given_up_with_its_reason(tmp_path):
@@ -134,7 +134,7 @@ def settings_file(folder: Path, **changes) -> Path:
             {"job": "ingest", "inputs": ["a.jsonl", "b.jsonl"], "out": "data/align", "tokenizer": "t", "key_file": "k"},
             {"job": "convert", "arguments": ["hf-to-megatron", "--language", "gpt-oss-20b", "--out", "c"]},
             {"job": "train", "run": "20b-16xh100", "out": "runs/a", "overrides": ["seed=7"]},
-            {"job": "evaluate", "arguments": ["omnimedvqa", "--data", "d", "--checkpoint", "runs/a", "--out", "e.json"]},
+            {"job": "evaluate", "arguments": ["omnimedvqa", "--data", "d", "--checkpoint", "a", "--out", "e.json"]},
         ],
         **changes,
     }  # fmt: skip
@@ -146,12 +146,11 @@ def settings_file(folder: Path, **changes) -> Path:
 def test_a_dry_run_prints_every_job_after_the_one_before_it_and_writes_nothing(tmp_path, capsys):
     assert submit.main(["chain", "--settings", str(settings_file(tmp_path)), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("/")[-2 if "env" in line else -1] for line in lines]
     scripts = [next(w for w in line.split() if w.endswith(".sbatch")).split("/")[-1] for line in lines]
     assert scripts == ["ingest.sbatch", "merge.sbatch", "convert.sbatch", "train.sbatch", "evaluate.sbatch"]
     assert "--array=0-1" in lines[0]
     assert "--dependency" not in lines[0]
-    assert "--dependency=afterok:'<train>'" in lines[4] or "--dependency=afterok:<train>" in lines[4].replace("'", "")
+    assert "--dependency=afterok:<train>" in lines[4]
     assert "--nodes=4" in lines[3] and "--gpus-per-node=8" in lines[3] and "--account=med" in lines[3]
     assert not (tmp_path / "w").exists()
 

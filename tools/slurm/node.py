@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from heartbeat import Heartbeat
+
 MEET_S = 300
 """Seconds that the nodes have to find each other."""
 
@@ -66,6 +68,29 @@ def reach_fault(address: str, port: int, deadline_s: float) -> str | None:
     return f"cannot reach the first node at {address}:{port} within {deadline_s:.0f} s: {last}"
 
 
+def _watch_peers(
+    name: str, first: bool, address: str, port: int, deadline_s: float, agent: subprocess.Popen
+) -> Heartbeat:
+    """End this node's ranks when a peer has been silent for the deadline, and say which."""
+
+    def end(silent: dict[str, float]) -> None:
+        for peer, seconds in silent.items():
+            print(f"node {name}: nothing heard from node {peer} for {seconds:.0f} s; ending this node's ranks",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        # They hang in a collective, so a signal that asks them to save would wait for ever.
+        for child in _children(agent.pid):
+            os.kill(child, signal.SIGKILL)
+
+    heartbeat = Heartbeat(name=name, first=first, address=address, port=port, deadline_s=deadline_s, lost=end)
+    heartbeat.start()
+    return heartbeat
+
+
+def _children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.is_file() else []
+
+
 def _note(number: int, agent: subprocess.Popen, stopping: list[int]) -> None:
     """Remember a signal; pass it on only where Slurm has not given it to torchrun too (a second one ends torchrun)."""
     stopping.append(number)
@@ -78,6 +103,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, required=True, help="ranks of this node")
     parser.add_argument("--save-seconds", type=int, default=300, help="time between SIGTERM and the end")
     parser.add_argument("--meet-seconds", type=float, default=MEET_S, help="time for the nodes to find each other")
+    parser.add_argument("--peer-seconds", type=float, default=120, help="silence of a node that ends the job")
     parser.add_argument("arguments", nargs="+", help="of medgpt")
     options = parser.parse_args()
     name, node = os.environ.get("SLURMD_NODENAME", socket.gethostname()), int(os.environ.get("SLURM_NODEID", "0"))
@@ -90,6 +116,9 @@ def main() -> int:
         print(f"node {name}: {fault}; submit again for another port", file=sys.stderr, flush=True)
         return 4
     agent = subprocess.Popen([*command, "-m", "megatron_medgpt.cli", *options.arguments])
+    heartbeat = (
+        _watch_peers(name, node == 0, address, int(port) + 2, options.peer_seconds, agent) if nodes > 1 else None
+    )
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda signum, _: _note(signum, agent, stopping))
@@ -99,6 +128,8 @@ def main() -> int:
         agent.wait(timeout=60)
         return 4
     code = agent.wait()
+    if heartbeat is not None:
+        heartbeat.close()
     if stopping:
         # torchrun returns 1 though its ranks have saved. With any other code than 0 srun would kill the nodes that are
         # still saving; whether the run goes on is in its marker.

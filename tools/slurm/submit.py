@@ -36,7 +36,7 @@ CHOICES = {
     "preflight": ("yes", "no"),
     "gpu": ("cpu", "h100", "h200", "b200", "b300", "gb200", "gb300"),
 }
-SECRET = re.compile(r"(token|secret|password|api_?key)(?!_file)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)s?$", re.IGNORECASE)
 JOBS = ("ingest", "convert", "train", "evaluate")
 FIELDS = {
     "ingest": {"inputs", "out", "tokenizer", "elements", "key_file", "options"},

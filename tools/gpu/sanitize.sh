@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Memory errors and shared-memory races over a small case of every kernel. Exit 77: it cannot run here.
+set -uo pipefail
+python=${1:-python3}
+command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; exit 77; }
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # so that every tensor is an allocation of its own with guarded ends
+probe=$(compute-sanitizer "$python" -c 'import torch; torch.ones(4, device="cuda").sum().item()' 2>&1)
+case $probe in *"Device not supported"*|*"error 999"*) echo "compute-sanitizer does not support this virtual machine"; exit 77 ;; esac
+status=0
+for tool in memcheck racecheck; do
+  echo "== $tool"
+  compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude regex=at:: \
+    "$python" kernels/bench.py --tiny --out "$(mktemp -d)" || status=1
+done
+exit $status

@@ -31,7 +31,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 # Dependencies first: they change less often than the code. install.py leaves alone what the base brought.
 WORKDIR /opt/medgpt
 COPY setup.py pyproject.toml constraints.txt LICENSE README.md ./
-COPY tools/image/install.py tools/image/
+COPY tools/image tools/image
 RUN python3 tools/image/install.py dependencies ${PIP_ARGS:+--pip-args "${PIP_ARGS}"}
 
 COPY megatron_medgpt megatron_medgpt

@@ -25,17 +25,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import peers  # noqa: E402  (after the path)
-
-from medgpt_kernels.dispatch import triton_refusal  # noqa: E402
-from medgpt_kernels.grouped_mlp import cases as mlp_cases  # noqa: E402
-from medgpt_kernels.grouped_mlp import routed, routed_reference  # noqa: E402
-from medgpt_kernels.mx import op as mx  # noqa: E402
-from medgpt_kernels.permute import op as permute  # noqa: E402
-from medgpt_kernels.projector import cases as projector_cases  # noqa: E402
-from medgpt_kernels.projector import op as projector  # noqa: E402
-from medgpt_kernels.route import cases as route_cases  # noqa: E402
-from medgpt_kernels.route import op as route  # noqa: E402
+import peers
+from medgpt_kernels.dispatch import triton_refusal
+from medgpt_kernels.grouped_mlp import cases as mlp_cases
+from medgpt_kernels.grouped_mlp import routed, routed_reference
+from medgpt_kernels.mx import op as mx
+from medgpt_kernels.permute import op as permute
+from medgpt_kernels.projector import cases as projector_cases
+from medgpt_kernels.projector import op as projector
+from medgpt_kernels.route import cases as route_cases
+from medgpt_kernels.route import op as route
 
 LIMIT = peers.LIMIT
 
@@ -70,7 +69,9 @@ class Clock:
                     call()
                 ready[name] = call
             except Exception as error:
-                results[name] = {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+                results[name] = {
+                    "not_run": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+                }
         times: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(self.iterations):
             for name, call in ready.items():
@@ -103,9 +104,10 @@ def ceilings(clock: Clock, tiny: bool) -> dict[str, float]:
     return made
 
 
-def moe_variants(given: dict[str, Tensor], experts: Tensor, num_experts: int, tile: int) -> dict[str, Callable[..., Tensor]]:
+def moe_variants(
+    given: dict[str, Tensor], experts: Tensor, num_experts: int, tile: int
+) -> dict[str, Callable[..., Tensor]]:
     """Ours and the peers as functions of (x, weights, w1, b1, w2, b2); the index is part of what is timed."""
-    K = experts.shape[1]
     _, H, G = given["gate_up_EHG"].shape
 
     def index() -> route.RowIndex:
@@ -129,7 +131,11 @@ def moe_variants(given: dict[str, Tensor], experts: Tensor, num_experts: int, ti
 
         return call
 
-    variants = {"ours bf16": ours("bf16"), "ours fp8": ours("fp8"), "torch grouped_mm, eager": through(peers.grouped_mm)}
+    variants = {
+        "ours bf16": ours("bf16"),
+        "ours fp8": ours("fp8"),
+        "torch grouped_mm, eager": through(peers.grouped_mm),
+    }
     if given["x_TH"].is_cuda:
         variants["torch grouped_mm, compiled"] = through(torch.compile(peers.grouped_mm, dynamic=False))
     variants["megatron-core order"] = through(peers.megatron_core)
@@ -159,7 +165,9 @@ def check_variants(variants: dict, given: dict[str, Tensor], experts: Tensor) ->
 
 def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: str, tiny: bool) -> dict:
     H, F, E, K = shape
-    experts = (route_cases.balanced_experts(T, E, K) if routing == "balanced" else route_cases.zipf_experts(T, E, K, seed=0))
+    experts = (
+        route_cases.balanced_experts(T, E, K) if routing == "balanced" else route_cases.zipf_experts(T, E, K, seed=0)
+    )
     experts = experts.to(clock.device)
     tile = 16 if tiny else 128
     few = min(T, 64)
@@ -191,8 +199,10 @@ def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: st
         for row in table.values():
             if "median_ms" in row:
                 row["tflop_s"] = factor * flops / row["median_ms"] / 1e9
-    return {"case": f"moe T={T} H={H} E={E} K={K} {routing}", "forward": {**forward, **wrong}, "forward_backward": backward,
-            "saved_bytes": saved}  # fmt: skip
+    return {
+        "case": f"moe T={T} H={H} E={E} K={K} {routing}", "forward": {**forward, **wrong},
+        "forward_backward": backward, "saved_bytes": saved,
+    }  # fmt: skip
 
 
 def _tokens(T: int, H: int, K: int, device: torch.device) -> dict[str, Tensor]:
@@ -234,7 +244,9 @@ def projector_case(clock: Clock, name: str, sizes: tuple) -> dict:
     per_image = (side // fold) ** 2
     places = [i * (per_image + 64) + 32 + t for i in range(images) for t in range(per_image)]
     S = images * (per_image + 64)
-    at = projector.placement(range(images * per_image), places, num_images=images, side=side, fold=fold, device=clock.device)
+    at = projector.placement(
+        range(images * per_image), places, num_images=images, side=side, fold=fold, device=clock.device
+    )
     D = width * fold * fold
     shapes = ((S, 1, hidden), (images, side * side, width), (inner, D), (inner,), (hidden, inner), (hidden,))
     leaves = [(torch.randn(s, **made) * (0.02 if len(s) == 2 else 1)).requires_grad_() for s in shapes]
@@ -260,7 +272,9 @@ def projector_case(clock: Clock, name: str, sizes: tuple) -> dict:
         "merge alone, index_copy": lambda: flat.clone().index_copy_(0, place, rows),
         "merge alone, masked_scatter": lambda: text.masked_scatter(mask, rows),
     })  # fmt: skip
-    both = {name: (lambda c=c: torch.autograd.grad(c(), leaves, grad)) for name, c in (("ours", ours), ("eager", eager))}
+    both = {
+        name: (lambda c=c: torch.autograd.grad(c(), leaves, grad)) for name, c in (("ours", ours), ("eager", eager))
+    }
     return {"case": f"projector {name}", "forward": forward, "forward_backward": clock.compare(both)}
 
 
@@ -293,8 +307,17 @@ def table(results: list[dict], ceiling: dict[str, float]) -> str:
                 if "not_run" in row:
                     lines.append(f"{result['case']:44} {part:16} {name:30} not run: {row['not_run'][:80]}")
                     continue
-                extra = f"{row['tflop_s']:8.1f} TFLOP/s" if "tflop_s" in row else f"{row['gb_s']:8.1f} GB/s" if "gb_s" in row else ""
-                lines.append(f"{result['case']:44} {part:16} {name:30} {row['median_ms']:9.3f} ms (p90 {row['p90_ms']:.3f}) {extra}")
+                extra = (
+                    f"{row['tflop_s']:8.1f} TFLOP/s"
+                    if "tflop_s" in row
+                    else f"{row['gb_s']:8.1f} GB/s"
+                    if "gb_s" in row
+                    else ""
+                )
+                lines.append(
+                    f"{result['case']:44} {part:16} {name:30} {row['median_ms']:9.3f} ms"
+                    f" (p90 {row['p90_ms']:.3f}) {extra}"
+                )
     return "\n".join(lines)
 
 
@@ -322,7 +345,10 @@ def main() -> int:
     else:
         tokens = [int(t) for t in args.tokens.split(",")]
         moe = [(mlp_cases.BENCH[s], t, r) for t in tokens for s in args.shapes.split(",") for r in ("balanced", "zipf")]
-        plan = [lambda: conversion_case(clock, (32, 5760, 2880)), lambda: movement_case(clock, 8192, 2880, 32, 4, False)]
+        plan = [
+            lambda: conversion_case(clock, (32, 5760, 2880)),
+            lambda: movement_case(clock, 8192, 2880, 32, 4, False),
+        ]
         plan += [lambda n=n, s=s: projector_case(clock, n, s) for n, s in projector_cases.BENCH.items()]
     plan = [lambda m=m: moe_case(clock, m[0], m[1], m[2], args.tiny) for m in moe[:2]] + plan + [
         lambda m=m: moe_case(clock, m[0], m[1], m[2], args.tiny) for m in moe[2:]

@@ -4,7 +4,7 @@
 
 Each op runs once on small CPU tensors; a launch compiles its kernel with that call's own argument types and block sizes
 and returns. ptxas comes with Triton. What this shows: the kernel is accepted, which matrix instructions it uses, its
-registers, spilled registers and shared memory. What it cannot show: speed, and whether the numbers are right (the
+registers, stack (spills) and shared memory. What it cannot show: speed, and whether the numbers are right (the
 interpreter's tests show that).
 """
 
@@ -14,7 +14,9 @@ import argparse
 import json
 import pathlib
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -22,16 +24,15 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import triton  # noqa: E402  (after the path)
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from medgpt_kernels.cross_entropy import op as cross_entropy  # noqa: E402
-from medgpt_kernels.grouped_mlp import routed  # noqa: E402
-from medgpt_kernels.mx import op as mx  # noqa: E402
-from medgpt_kernels.permute import op as permute  # noqa: E402
-from medgpt_kernels.projector import op as projector  # noqa: E402
-from medgpt_kernels.route import op as route  # noqa: E402
+import triton
+from medgpt_kernels.cross_entropy import op as cross_entropy
+from medgpt_kernels.grouped_mlp import routed
+from medgpt_kernels.mx import op as mx
+from medgpt_kernels.permute import op as permute
+from medgpt_kernels.projector import op as projector
+from medgpt_kernels.route import op as route
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 SHARED_LIMIT_BYTES = 227 * 1024
 """Of one block on sm_90."""
@@ -51,6 +52,17 @@ class HopperWithoutAGpu:
 
     def map_python_to_cpp_type(self, kind: str) -> str:
         return kind
+
+
+def registers(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes of its stack, where what is spilled goes."""
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return {"registers": int(found[1]), "stack_bytes": int(found[2])} if found else {}
 
 
 def record_compilations(results: list[dict], only: str | None) -> None:
@@ -73,7 +85,7 @@ def record_compilations(results: list[dict], only: str | None) -> None:
             "kernel": name, "options": options, "seconds": round(time.perf_counter() - began, 2),
             "shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
             "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)), "mma": len(re.findall(r"\bmma\.sync", ptx)),
-            "fits": compiled.metadata.shared <= SHARED_LIMIT_BYTES,
+            "fits": compiled.metadata.shared <= SHARED_LIMIT_BYTES, **registers(compiled.asm["cubin"]),
         })  # fmt: skip
         print(json.dumps(results[-1]), flush=True)
         return compiled
@@ -96,14 +108,22 @@ def every_op() -> list[Callable[[], object]]:
         return [t.clone().requires_grad_() for t in tensors]
 
     def mlp(precision: str, slots: int):
-        at = index if slots > 1 else route.index_sorted(torch.full((E,), T // E), T, tile=128, implementation="reference")
+        at = (
+            index
+            if slots > 1
+            else route.index_sorted(torch.full((E,), T // E), T, tile=128, implementation="reference")
+        )
         given = leaves(x, weights[:, :slots].contiguous(), w1, b1, w2, b2)
-        out = routed.routed_mlp(given[0], given[1], at, *given[2:], limit=7.0, precision=precision, implementation="triton")
+        out = routed.routed_mlp(
+            given[0], given[1], at, *given[2:], limit=7.0, precision=precision, implementation="triton"
+        )
         out.sum().backward()
 
     def frozen():
         packed = [
-            routed.packed(torch.zeros(E, n, k // 32, 16, dtype=torch.uint8), torch.zeros(E, n, k // 32, dtype=torch.uint8))
+            routed.packed(
+                torch.zeros(E, n, k // 32, 16, dtype=torch.uint8), torch.zeros(E, n, k // 32, dtype=torch.uint8)
+            )
             for n, k in ((2 * F, H), (H, F))
         ]
         given = leaves(x, weights)
@@ -148,7 +168,16 @@ def every_op() -> list[Callable[[], object]]:
         labels = torch.zeros(T, dtype=torch.int64)
         cross_entropy.cross_entropy(*given, labels, implementation="triton").sum().backward()
 
-    calls = [formats, router, movement, lambda: mlp("bf16", 2), lambda: mlp("bf16", 1), lambda: mlp("fp8", 2), frozen, loss]
+    calls = [
+        formats,
+        router,
+        movement,
+        lambda: mlp("bf16", 2),
+        lambda: mlp("bf16", 1),
+        lambda: mlp("fp8", 2),
+        frozen,
+        loss,
+    ]
     return [*calls, lambda: image_rows(1, False), lambda: image_rows(2, True)]
 
 

@@ -31,7 +31,9 @@ def grouped_mm(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, b1: Tens
     return torch.zeros_like(x).index_add(0, token, weighted)
 
 
-def megatron_core(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def megatron_core(
+    x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
     """The order of operations of megatron-core 0.16.1's grouped experts: counts on the host, halves instead of
     alternating columns, clamps outside the fused activation, biases expert by expert in fp32."""
     order, _, ends = _sorted(experts, w1.shape[0])
@@ -74,6 +76,8 @@ def liger() -> Callable[..., Tensor]:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def call(x, weights, experts, w1, b1, w2, b2):
-        return LigerFusedMoEFunction.apply(x, w1.transpose(1, 2), w2.transpose(1, 2), experts.long(), weights.to(x.dtype))
+        return LigerFusedMoEFunction.apply(
+            x, w1.transpose(1, 2), w2.transpose(1, 2), experts.long(), weights.to(x.dtype)
+        )
 
     return call

@@ -31,7 +31,9 @@ def compile_library(source: pathlib.Path, folder: pathlib.Path, *more_flags: str
     """
     compiler = find()
     if compiler is None:
-        raise RuntimeError("nvcc is not on the PATH; install the CUDA toolkit (12.0 or later) or use implementation triton")
+        raise RuntimeError(
+            "nvcc is not on the PATH; install the CUDA toolkit (12.0 or later) or use implementation triton"
+        )
     flags = (*FLAGS, ARCHITECTURE, *more_flags)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(" ".join((*flags, version)).encode())

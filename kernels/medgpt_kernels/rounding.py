@@ -1,9 +1,9 @@
 """Rounding and decoding inside Triton kernels, the same bits in Triton's interpreter and on a GPU.
 
 The interpreter (3.9) truncates fp32 -> bf16, drops the mantissa's carry in fp32 -> e4m3, and multiplies bit patterns in
-``tl.dot`` on bf16 (triton issue 11584). So every cast and product of the kernels goes through here: integer formulas and
-fp32 products when interpreted, the hardware's own instructions when compiled. ``tests/kernels/test_rounding.py`` holds
-the formulas to PyTorch's on every bf16 value, and the GPU check holds both ways to each other.
+``tl.dot`` on bf16 (triton issue 11584). So every cast and product of the kernels goes through here: integer formulas
+and fp32 products when interpreted, the hardware's own instructions when compiled. ``tests/kernels/test_rounding.py``
+holds the formulas to PyTorch's on every bf16 value, and the GPU check holds both ways to each other.
 
 FP8 and FP4 values travel as unsigned bytes. Values that are not finite become NaN in E4M3 (PyTorch's cast keeps no
 infinity either): an overflow must stay visible.
@@ -34,7 +34,7 @@ def to_bf16(x):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """fp32 to the element type of an output."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return to_bf16(x)
     else:
         return x.to(DTYPE)

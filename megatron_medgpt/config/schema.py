@@ -174,8 +174,8 @@ class KernelConfig:
 
     attention: Literal["auto", "reference", "flex"] = "auto"
     experts: Literal["auto", "reference", "grouped", "bf16", "fp8", "mxfp4"] = "auto"
-    """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded to
-    MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
+    """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded
+    to MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
     ``grouped``, PyTorch's products, until the fused ones have been measured on a GPU."""
     dispatch: Literal["bf16", "fp8"] = "bf16"
     """Numbers of the rows that expert-parallel ranks send each other: ``bf16`` is the run's precision."""

@@ -184,7 +184,9 @@ def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]
     return partial(_routed, precision=name)
 
 
-def _counted(product: Callable[..., Tensor], rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float):
+def _counted(
+    product: Callable[..., Tensor], rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float
+):
     counts = tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
     return product(rows_MH, counts, *weights, limit=limit) * weights_M[:, None]
 
@@ -200,8 +202,8 @@ def _routed(rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, lim
     counts_E = counts_E.to(rows_MH.device, non_blocking=True)
     index = route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
     return routed.routed_mlp(
-        rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, *weights, limit=limit, precision=precision,
-        implementation="triton",
+        rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, *weights, limit=limit,
+        precision=precision, implementation="triton",
     )  # fmt: skip
 
 

@@ -50,6 +50,14 @@ class Layer(TransformerLayer):
     Recomputation is PyTorch's: megatron-core's own wants tensors only, and we hand a ``RowInfo`` through.
     """
 
+    def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any):
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        if config.dispatch_payload == "fp8":
+            moe = self.mlp
+            moe.token_dispatcher = Fp8Dispatcher(
+                moe.num_local_experts, moe.local_expert_indices, config=config, pg_collection=pg_collection
+            )
+
     def forward(self, hidden_states: Tensor, attention_mask: RowInfo | None = None, **kwargs: Any) -> Any:
         if self.config.recompute_layers and self.training and torch.is_grad_enabled():
             return checkpoint(

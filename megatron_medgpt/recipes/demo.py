@@ -60,10 +60,10 @@ def demo() -> RunConfig:
         align,
         name="instruct",
         data=(BlendConfig(path="demo/data/dialogues"), BlendConfig(path="demo/data/captions")),
-        num_steps=1200,
+        num_steps=1000,
         micro_batch_rows=8,
         parallel=ParallelConfig(tensor=2, expert=2),
-        validation_interval=300,
+        validation_interval=250,
     )
     return RunConfig(
         name="demo", out="demo/run", tokenizer="demo/tokenizer", model=MODEL, stages=(align, instruct),

@@ -5,6 +5,7 @@ Debian, Ubuntu: ``apt install slurm-wlm munge``. Needs root, as slurmd does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -81,11 +82,16 @@ class Launched:
         return self.fields["JobState"]
 
     def start_at_once(self) -> None:
-        """Slurm keeps a requeued job back for two minutes."""
+        """Slurm keeps a requeued job back for two minutes, in which its nodes clean up; 15 seconds do here."""
         self.wait("the requeue", lambda: self.fields["Restarts"] == "1", 120)
-        self.wait("the requeued job", lambda: self.fields["JobState"] in ("PENDING", "RUNNING"), 60)
+        time.sleep(15)
+        self.wait("the requeued job", self._runs_now, 240)
+
+    def _runs_now(self) -> bool:
         if self.fields["JobState"] == "PENDING":
-            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            with contextlib.suppress(RuntimeError):  # it is still being cleaned up, or has just begun
+                self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        return self.fields["JobState"] == "RUNNING"
 
 
 def submit(cluster: LocalCluster, workspace: Path, what: str = "train", **settings) -> list[Launched]:

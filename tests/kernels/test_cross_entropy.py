@@ -1,12 +1,13 @@
 """Chunked, vocabulary-parallel cross entropy against whole logits, loss and both gradients."""
 
+# ruff: noqa: E501  (mutants quote the kernels' source as it stands)
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
-
 from medgpt_kernels import cross_entropy as package
 from medgpt_kernels.cross_entropy import cases, op, reference
 from medgpt_kernels.dispatch import triton_refusal
@@ -116,7 +117,11 @@ def test_logits_of_more_than_one_chunk_never_exist(monkeypatch):
     ],
 )
 def test_a_call_that_cannot_be_served_is_refused_by_name(change, named):
-    given = {"hidden_TH": torch.zeros(3, 4), "weight_VH": torch.zeros(8, 4), "labels_T": torch.zeros(3, dtype=torch.int64)}
+    given = {
+        "hidden_TH": torch.zeros(3, 4),
+        "weight_VH": torch.zeros(8, 4),
+        "labels_T": torch.zeros(3, dtype=torch.int64),
+    }
     with pytest.raises(ValueError, match=named):
         op.cross_entropy(**{**given, **change})
 

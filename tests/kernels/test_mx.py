@@ -9,7 +9,6 @@ import subprocess
 
 import pytest
 import torch
-
 from medgpt_kernels import mx, nvcc
 from medgpt_kernels.mx import cases, op, reference
 from medgpt_kernels.mx import cuda as mx_cuda

@@ -1,10 +1,11 @@
 """Row movement against its reference, with gradients; the FP8 payload bit for bit."""
 
+# ruff: noqa: E501  (mutants quote the kernels' source as it stands)
+
 from __future__ import annotations
 
 import pytest
 import torch
-
 from medgpt_kernels import permute as package
 from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.mx.cases import awkward
@@ -36,7 +37,9 @@ def outcome(implementation: str, x, weights, index):
     x, weights = x.detach().clone().requires_grad_(), weights.detach().clone().requires_grad_()
     rows = op.permute(x, index, implementation=implementation)
     out = op.combine(rows * 1.5, weights, index, implementation=implementation)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype).to(out.device))
+    out.backward(
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype).to(out.device)
+    )
     return out.detach(), x.grad, weights.grad
 
 
@@ -57,10 +60,14 @@ def test_permute_and_combine_with_their_gradients(T, E, K, H, tile, dtype, devic
 def test_no_tokens_and_rows_of_other_ranks(device):
     index = index_of(0, 5, 2, tile=16, device=device)
     empty = torch.zeros(0, 40, device=device)
-    assert op.combine(op.permute(empty, index, implementation="triton"), None, index, implementation="triton").shape == (0, 40)
+    assert op.combine(
+        op.permute(empty, index, implementation="triton"), None, index, implementation="triton"
+    ).shape == (0, 40)
     rows = torch.randn(3, 40, device=device)
     token_row = torch.tensor([[2, -1], [-1, -1]], dtype=torch.int32, device=device)
-    elsewhere = route.RowIndex(torch.tensor([-1, -1, 0], dtype=torch.int32, device=device), token_row, token_row[0], token_row[0], 1)
+    elsewhere = route.RowIndex(
+        torch.tensor([-1, -1, 0], dtype=torch.int32, device=device), token_row, token_row[0], token_row[0], 1
+    )
     out = op.combine(rows, None, elsewhere, implementation="triton")
     assert torch.equal(out, torch.stack((rows[2], torch.zeros_like(rows[2]))))
 
@@ -119,7 +126,10 @@ def test_every_mutant_is_caught(device):
     index = index_of(9, 4, 2, tile=16, device=device)
     x, weights = torch.randn(9, 72).to(device), torch.rand(9, 2).to(device)
     expected = outcome("reference", x, weights, index)
-    expected_rows, payload = op.permute(x, index, implementation="reference"), op.pack_fp8(x, index, implementation="reference")
+    expected_rows, payload = (
+        op.permute(x, index, implementation="reference"),
+        op.pack_fp8(x, index, implementation="reference"),
+    )
 
     def agrees() -> bool:
         close = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(outcome("triton", x, weights, index), expected))

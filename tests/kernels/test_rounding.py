@@ -7,7 +7,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-
 from medgpt_kernels import rounding  # noqa: E402
 from medgpt_kernels.testing import assert_bitwise  # noqa: E402
 
@@ -70,7 +69,9 @@ def test_e4m3_decodes_as_torch_decodes_it(device):
 
 def test_e2m1_is_the_nearest_value_with_ties_to_the_even_code(device):
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
-    x = torch.cat([torch.linspace(0, 7, 7 * 64 + 1), torch.tensor([0.2499999, 0.2500001, 1e-40, 100.0, 4.9999995, 5.0000005])])
+    x = torch.cat(
+        [torch.linspace(0, 7, 7 * 64 + 1), torch.tensor([0.2499999, 0.2500001, 1e-40, 100.0, 4.9999995, 5.0000005])]
+    )
     distance = (x.double()[:, None] - values).abs()
     even_first = distance + (torch.arange(8) % 2) * 1e-12
     expected = even_first.argmin(1).to(torch.uint8)

@@ -1,12 +1,13 @@
 """Routing against its reference; the reference against loops over single tokens."""
 
+# ruff: noqa: E501  (mutants quote the kernels' source as it stands)
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
-
 from medgpt_kernels import route
 from medgpt_kernels.mx import reference as mx_reference
 from medgpt_kernels.route import cases, op, reference
@@ -19,7 +20,9 @@ def test_reference_router_is_softmax_over_the_largest_logits_of_each_token():
     given = cases.inputs(9, 24, 6, dtype=torch.float64, seed=0)
     weights, experts = reference.top_k(reference.logits(**given), 3)
     for t in range(9):
-        logits = [math.fsum((given["x_TH"][t] * given["weight_EH"][e]).tolist()) + float(given["bias_E"][e]) for e in range(6)]
+        logits = [
+            math.fsum((given["x_TH"][t] * given["weight_EH"][e]).tolist()) + float(given["bias_E"][e]) for e in range(6)
+        ]
         best = sorted(range(6), key=lambda e: -logits[e])[:3]
         assert experts[t].tolist() == best
         total = sum(math.exp(logits[e]) for e in best)
@@ -93,7 +96,9 @@ def test_index_is_the_references_whatever_the_choices(name, device):
     assert_same_index(index, reference.index(experts, E, 32))
     counts, M = index.counts, experts.numel()
     ordered = op.index_sorted(counts, M, tile=32, implementation="triton")
-    for ours, theirs in zip((ordered.row_entry, ordered.token_row, ordered.tile_expert), reference.index_sorted(counts.cpu(), M, 32)):
+    for ours, theirs in zip(
+        (ordered.row_entry, ordered.token_row, ordered.tile_expert), reference.index_sorted(counts.cpu(), M, 32)
+    ):
         assert_bitwise(ours.cpu(), theirs)
 
 
@@ -135,7 +140,9 @@ def test_gradients_of_tokens_router_and_norm(dtype, norm, device):
     plain_chosen, plain = gradients(given, norm_H, 3, 6, "reference")
     exact_given = {name: value.double() for name, value in given.items()}
     exact_chosen, exact = gradients(exact_given, None if norm_H is None else norm_H.double(), 3, 6, "reference")
-    assert torch.equal(chosen, exact_chosen) and torch.equal(plain_chosen, exact_chosen), "pick another seed: a near tie"
+    assert torch.equal(chosen, exact_chosen) and torch.equal(plain_chosen, exact_chosen), (
+        "pick another seed: a near tie"
+    )
     for a, b, c in zip(ours, plain, exact):
         assert_as_close_as_torch(a, b, c)
 
@@ -146,7 +153,11 @@ def test_balance_and_z_losses_and_their_gradient(device):
     logits = torch.randn(130, 6, generator=generator) * 3
     share, kept = torch.rand(6, generator=generator), (torch.rand(130, generator=generator) > 0.2).float()
     results = []
-    for implementation, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+    for implementation, dtype in (
+        ("triton", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
         leaf = logits.clone().to(dtype).to(device).requires_grad_()
         rest = [t.to(dtype).to(device) for t in (share, kept, kept.sum())]
         balance, z = op.losses(leaf, *rest, implementation=implementation)

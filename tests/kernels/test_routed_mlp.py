@@ -1,10 +1,11 @@
 """The fused MoE layer against its reference, forward and every gradient; the reference against autograd in fp64."""
 
+# ruff: noqa: E501  (mutants quote the kernels' source as it stands)
+
 from __future__ import annotations
 
 import pytest
 import torch
-
 from medgpt_kernels import grouped_mlp
 from medgpt_kernels.grouped_mlp import cases, reference, routed, routed_reference
 from medgpt_kernels.mx import op as mx_op
@@ -228,7 +229,10 @@ def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(devi
         ({"x_TH": torch.zeros(37, 128)}, "x_TH has width 128, gate_up 192"),
         ({"x_TH": torch.zeros(192, 37).t()}, "x_TH is not contiguous"),
         ({"x_TH": torch.zeros(37, 192, dtype=torch.float64)}, "x_TH is float64"),
-        ({"gate_up_EHG": torch.zeros(5, 192, 320, dtype=torch.bfloat16)}, "gate_up is torch.bfloat16, x_TH torch.float32"),
+        (
+            {"gate_up_EHG": torch.zeros(5, 192, 320, dtype=torch.bfloat16)},
+            "gate_up is torch.bfloat16, x_TH torch.float32",
+        ),
         ({"weights_TK": torch.zeros(37, 3)}, r"weights_TK has shape \(37, 3\)"),
         ({"down_EFH": torch.zeros(5, 160, 128)}, r"down is \(160, 128\); gate_up asks for \(160, 192\)"),
     ],

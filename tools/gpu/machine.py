@@ -27,7 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     properties = torch.cuda.get_device_properties(0)
     found = {
-        "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "gpus": torch.cuda.device_count(),
+        "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "gpus": torch.cuda.device_count(),
         "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size, "python": platform.python_version(), "cuda": torch.version.cuda,
         "packages": {name: version(name) for name in PACKAGES},

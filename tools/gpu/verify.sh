@@ -3,7 +3,7 @@
 #
 #   tools/gpu/verify.sh [--out DIR] [--wheels DIR] [--minutes M] [--only STEP,...] [--again]
 #
-#   --out DIR      where results go (default: $OUT, else gpu-verify); DIR/verify.json is the summary
+#   --out DIR      where verify.json, bench.txt and logs.tar.gz go (default: $OUT, else gpu-verify)
 #   --wheels DIR   wheels (megatron-core and what it needs) to install beside this Python, for machines without network
 #   --minutes M    time for everything, 9 by default; what no longer fits is reported as not run
 #   --only a,b     only these steps: machine build tests bench sanitize train
@@ -27,7 +27,9 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-[ -n "$again" ] && rm -f "$out"/*.step
+state=${STATE:-build/gpu-verify} # git ignores build/, so a later call finds what is done
+mkdir -p "$state" && state=$(cd "$state" && pwd)
+[ -n "$again" ] && rm -f "$state"/*
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -38,30 +40,30 @@ started=$SECONDS
 
 left() { echo $((minutes * 60 - (SECONDS - started))); }
 
-# step NAME LIMIT_S COMMAND...: runs the command with its output in NAME.log and writes NAME.step, one JSON object.
+# step NAME LIMIT_S COMMAND...: runs the command with its output in NAME.log and writes NAME.step, one JSON object, in $state.
 step() {
   local name=$1 limit=$2; shift 2
   case ",$only," in *",$name,"*) ;; *) return 0 ;; esac
-  if grep -q "\"commit\": \"$commit\", \"status\": \"passed\"" "$out/$name.step" 2>/dev/null; then
+  if grep -q "\"commit\": \"$commit\", \"status\": \"passed\"" "$state/$name.step" 2>/dev/null; then
     echo "$name: done before"; return 0
   fi
   if [ "$(left)" -lt 20 ]; then note "$name" "not run" "no time left of $minutes minutes" 0; return 0; fi
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   echo "$name: running (at most $limit s)"
   local began=$SECONDS code=0
-  timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout -k 10 "$limit" "$@" >"$state/$name.log" 2>&1 || code=$?
   local status=passed why=""
   case $code in
     0) ;;
-    77) status="not run"; why=$(tail -n 1 "$out/$name.log") ;;
+    77) status="not run"; why=$(tail -n 1 "$state/$name.log") ;;
     124|137) status=failed; why="stopped after $limit s" ;;
-    *) status=failed; why="exit code $code: $(tail -n 1 "$out/$name.log" | cut -c1-200)" ;;
+    *) status=failed; why="exit code $code: $(tail -n 1 "$state/$name.log" | cut -c1-200)" ;;
   esac
   note "$name" "$status" "$why" $((SECONDS - began))
 }
 
 note() {
-  "$python" - "$out/$1.step" "$commit" "$2" "$1" "$3" "$4" <<'PY'
+  "$python" - "$state/$1.step" "$commit" "$2" "$1" "$3" "$4" <<'PY'
 import json, sys
 path, commit, status, name, why, seconds = sys.argv[1:]
 with open(path, "w") as file:
@@ -70,9 +72,9 @@ PY
   echo "$1: $2 ${3:+($3)}"
 }
 
-passed() { grep -q '"status": "passed"' "$out/$1.step" 2>/dev/null; }
+passed() { grep -q '"status": "passed"' "$state/$1.step" 2>/dev/null; }
 
-step machine 60 bash -c "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv && $python tools/gpu/machine.py --out '$out/machine.json'"
+step machine 60 bash -c "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv && $python tools/gpu/machine.py --out '$state/machine.json'"
 step build 120 "$python" -c "
 import pathlib
 from medgpt_kernels import nvcc
@@ -81,23 +83,25 @@ import sys
 if nvcc.find() is None:
     print('nvcc is not on the PATH'); sys.exit(77)
 print(nvcc.load(cuda.SOURCE))"
-step tests 240 "$python" -m pytest -p no:cacheprovider tests/kernels -q -x --timeout 200 --junitxml "$out/tests.xml"
+step tests 240 "$python" -m pytest -p no:cacheprovider tests/kernels -q -x --timeout 200 --junitxml "$state/tests.xml"
 if passed tests; then
-  step bench 300 "$python" kernels/bench.py --out "$out" --seconds $(( $(left) > 150 ? 200 : 60 ))
+  step bench 300 "$python" kernels/bench.py --out "$state" --seconds $(( $(left) > 150 ? 200 : 60 ))
 else
   case ",$only," in *",bench,"*) note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0 ;; esac
 fi
 step sanitize 120 bash tools/gpu/sanitize.sh "$python"
-step train 180 bash tools/gpu/train_small.sh "$python" "$out" "$wheels"
+step train 180 bash tools/gpu/train_small.sh "$python" "$state" "$wheels"
 
-"$python" - "$out" <<'PY'
+tar -czf "$out/logs.tar.gz" -C "$state" .
+cp "$state/bench.txt" "$out/" 2>/dev/null
+"$python" - "$state" "$out" <<'PY'
 import json, pathlib, sys
-out = pathlib.Path(sys.argv[1])
-steps = [json.loads(path.read_text()) for path in sorted(out.glob("*.step"))]
+state, out = map(pathlib.Path, sys.argv[1:])
+steps = [json.loads(path.read_text()) for path in sorted(state.glob("*.step"))]
 summary = {"steps": steps, "passed": all(s["status"] != "failed" for s in steps)}
 for name in ("machine", "bench"):
-    if (out / f"{name}.json").exists():
-        summary[name] = json.loads((out / f"{name}.json").read_text())
+    if (state / f"{name}.json").exists():
+        summary[name] = json.loads((state / f"{name}.json").read_text())
 (out / "verify.json").write_text(json.dumps(summary, indent=1) + "\n")
 for s in steps:
     print(f"{s['step']:10} {s['status']:8} {s['seconds']:4} s  {s['why']}")

@@ -44,7 +44,8 @@ if ! image images --quiet stand-in >/dev/null 2>&1; then
 fi
 
 echo "== Dockerfile"
-image bud --isolation chroot --layers --tag medgpt "${mounts[@]}" \
+# Docker's format: the OCI one has no SHELL, and pipelines in RUN lines would hide failures.
+image bud --format docker --isolation chroot --layers=false --tag medgpt "${mounts[@]}" \
   --build-arg BASE_IMAGE=localhost/stand-in --build-arg PIP_ARGS="$PIP_ARGS" \
   --build-arg REVISION="$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" .
 

@@ -16,6 +16,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -53,22 +54,56 @@ def name_of(requirement: str) -> str:
 
 
 def install_dependencies(pip_args: list[str]) -> None:
+    """From the lock with hashes where there is one for this Python and machine, else within constraints.txt."""
     for name in TOLD:
         print(f"base image: {name} {installed(name) or 'absent'}", flush=True)
-    needed = [r for r in wanted() if not (name_of(r) in KEPT and installed(name_of(r)))]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write(base_constraints(Path("constraints.txt").read_text(encoding="utf-8")))
-        constraints.flush()
-        # The base's own constraints name exact local builds that no index has; ours repeat those that matter.
-        environment = {**os.environ, "PIP_CONSTRAINT": constraints.name}
-        pip(["install", *needed, *pip_args], environment)
-    changed = [name for name in KEPT if os.environ.get(f"BASE_{name}") not in (None, installed(name))]
+    before = {name: installed(name) for name in KEPT}
+    lock = lock_file()
+    text = lock.read_text(encoding="utf-8") if lock.is_file() else None
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as listed:
+        if text is None:
+            print(f"no {lock.name}: versions of constraints.txt, without hashes")
+            listed.write(base_constraints(Path("constraints.txt").read_text(encoding="utf-8")))
+            listed.flush()
+            # The base's own constraints name exact local builds that no index has; ours repeat those that matter.
+            needed = [r for r in wanted() if not (name_of(r) in KEPT and installed(name_of(r)))]
+            pip(["install", *needed, *pip_args], {**os.environ, "PIP_CONSTRAINT": listed.name})
+        else:
+            listed.write("\n".join(missing_of(text)) + "\n")
+            listed.flush()
+            environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+            pip(["install", "--no-deps", "--require-hashes", "-r", listed.name, *pip_args], environment)
+    changed = [name for name in KEPT if before[name] not in (None, installed(name))]
     if changed:
         raise SystemExit(f"install: pip replaced {', '.join(changed)} of the base image")
 
 
+def lock_file() -> Path:
+    """The lock of this Python and machine; tools/image/lock.py writes it."""
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return Path("tools/image") / f"requirements-{python}-{platform.machine()}.lock"
+
+
+def missing_of(lock: str) -> list[str]:
+    """Lines of the lock that the base has not, or has outside setup.py's bounds."""
+    from pip._vendor.packaging.requirements import Requirement  # Python's own library cannot compare versions
+
+    bounds = {name_of(r).lower(): Requirement(r).specifier for r in wanted()}
+    lines = []
+    for line in lock.splitlines():
+        name = name_of(line)
+        if not line or line.startswith("#") or (name in KEPT and installed(name)):
+            continue
+        version = installed(name)
+        if version is None or not bounds.get(name.lower(), Requirement(name).specifier).contains(
+            version, prereleases=True
+        ):
+            lines.append(line)
+    return lines
+
+
 def base_constraints(locked: str) -> str:
-    """Our lock, but for what the base has already: those at the base's version."""
+    """Our versions, but for what the base has already: those at the base's version."""
     lines = []
     for line in locked.splitlines():
         name = name_of(line.strip())

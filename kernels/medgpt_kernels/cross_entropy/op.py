@@ -129,7 +129,10 @@ def cross_entropy(
     T, H = hidden_TH.shape
     V = weight_VH.shape[0]
     check(weight_VH.shape == (V, H), f"weight_VH has shape {tuple(weight_VH.shape)}; hidden_TH asks for (V, {H})")
-    check(weight_VH.dtype == hidden_TH.dtype, f"weight_VH is {weight_VH.dtype}, hidden_TH {hidden_TH.dtype}; must be equal")
+    check(
+        weight_VH.dtype == hidden_TH.dtype,
+        f"weight_VH is {weight_VH.dtype}, hidden_TH {hidden_TH.dtype}; must be equal",
+    )
     check(labels_T.shape == (T,), f"labels_T has shape {tuple(labels_T.shape)}; allowed: ({T},)")
     check(labels_T.dtype == torch.int64, f"labels_T is {labels_T.dtype}; allowed: int64")
     check_contiguous(hidden_TH=hidden_TH, weight_VH=weight_VH, labels_T=labels_T)

@@ -9,9 +9,7 @@ from medgpt_kernels import rounding
 
 
 @triton.jit
-def token_sums_kernel(
-    logits_ptr, labels_ptr, largest_ptr, total_ptr, target_ptr, V, first_id, BLOCK_V: tl.constexpr
-):
+def token_sums_kernel(logits_ptr, labels_ptr, largest_ptr, total_ptr, target_ptr, V, first_id, BLOCK_V: tl.constexpr):
     """Of this rank's part of the vocabulary: the largest logit, the sum of exponentials under it, the label's logit (0
     where the label is another rank's)."""
     token = tl.program_id(0).to(tl.int64)

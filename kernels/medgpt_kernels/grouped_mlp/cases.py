@@ -20,9 +20,9 @@ def inputs(
     """Tokens, router weights and experts.
 
     Args:
-        spread: standard deviation of the pre-activation, less its bias. At 4 a limit of 7 clamps values of each kind; at
-            1 none, which comparisons in low precision need: the gradient jumps at the clamp, and a value within rounding
-            of it may fall on either side.
+        spread: standard deviation of the pre-activation, less its bias. At 4 a limit of 7 clamps values of each kind;
+            at 1 none, which comparisons in low precision need: the gradient jumps at the clamp, and a value within
+            rounding of it may fall on either side.
     """
     generator = torch.Generator().manual_seed(seed)
 

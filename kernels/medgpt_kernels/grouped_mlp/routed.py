@@ -1,11 +1,11 @@
 """The MoE layer behind the router, fused: saves the tokens, the pre-activation and the index, and nothing else.
 
-    forward     z = x[token] @ W1 + b1, a = clamped SwiGLU        one launch
-                y = a @ W2 + b2                                   one launch
-                out = sum of weight * y over the slots            one launch (none where a token has one slot)
-    backward    dz, weight * a, d weight                          one launch
-                dW2, db2; dW1, db1                                one launch each
-                dx = sum of dz @ W1^T over the slots              two launches (one)
+forward     z = x[token] @ W1 + b1, a = clamped SwiGLU        one launch
+            y = a @ W2 + b2                                   one launch
+            out = sum of weight * y over the slots            one launch (none where a token has one slot)
+backward    dz, weight * a, d weight                          one launch
+            dW2, db2; dW1, db1                                one launch each
+            dx = sum of dz @ W1^T over the slots              two launches (one)
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def packed_to_fp8(blocks: Tensor, scales: Tensor, *, implementation: str = "auto
     bad = int((~fits).sum())
     check(
         bad == 0,
-        f"blocks: {bad} of {fits.numel()} tiles have exponents that spread over more than 14 and are not exact in E4M3; "
-        "use kind mxfp4, which decodes to bf16",
+        f"blocks: {bad} of {fits.numel()} tiles have exponents that spread over more than 14 and are not exact in "
+        "E4M3; use kind mxfp4, which decodes to bf16",
     )
     codes = codes.view(torch.uint8)
     _, N, groups = scales.shape
@@ -216,16 +216,20 @@ def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> No
     K1, G = w1.sizes
     check(K1 == H, f"x_TH has width {H}, gate_up {K1}; they must be equal")
     check(w2.sizes == (G // 2, H), f"down is {w2.sizes}; gate_up asks for {(G // 2, H)}")
-    check(weights_TK.shape == index.token_row.shape, f"weights_TK has shape {tuple(weights_TK.shape)}; the index is for "
-          f"{tuple(index.token_row.shape)}")  # fmt: skip
-    check(T == weights_TK.shape[0], f"x_TH has {T} tokens, weights_TK {weights_TK.shape[0]}")
+    check(
+        weights_TK.shape == index.token_row.shape,
+        f"weights_TK has shape {tuple(weights_TK.shape)}; the index is for {tuple(index.token_row.shape)}",
+    )
+    check(weights_TK.shape[0] == T, f"x_TH has {T} tokens, weights_TK {weights_TK.shape[0]}")
     check(index.tile >= 16, f"index.tile={index.tile}; products need tiles of at least 16 rows")
     check(w1.kind == w2.kind, f"gate_up is {w1.kind}, down {w2.kind}; they must be of one kind")
     for name, w in (("gate_up", w1), ("down", w2)):
         check(w.kind in KINDS, f"{name} is of kind {w.kind!r}; allowed: {', '.join(KINDS)}")
         if w.kind == "plain":
             check(w.forward.dtype == x_TH.dtype, f"{name} is {w.forward.dtype}, x_TH {x_TH.dtype}; they must be equal")
-    check_contiguous(x_TH=x_TH, weights_TK=weights_TK, gate_up=w1.forward, gate_up_bias=b1, down=w2.forward, down_bias=b2)
+    check_contiguous(
+        x_TH=x_TH, weights_TK=weights_TK, gate_up=w1.forward, gate_up_bias=b1, down=w2.forward, down_bias=b2
+    )
 
 
 def routed_mlp(
@@ -239,8 +243,8 @@ def routed_mlp(
         weights_TK: fp32 router weights.
         index: of ``route.index`` for the same choices, or ``route.index_sorted`` for rows that are sorted already.
         gate_up_EHG, down_EFH: of the dtype of ``x_TH``, GPT-oss's layout; biases of any served dtype.
-        precision: ``bf16`` multiplies in the dtype of ``x_TH``; ``fp8`` rounds tokens, activations, gradients and weights
-            to E4M3 for the products (weight gradients stay in the dtype of ``x_TH``).
+        precision: ``bf16`` multiplies in the dtype of ``x_TH``; ``fp8`` rounds tokens, activations, gradients and
+            weights to E4M3 for the products (weight gradients stay in the dtype of ``x_TH``).
 
     Returns:
         (T, H), in the dtype of ``x_TH``.

@@ -1,7 +1,7 @@
 """The expert MLP as grouped products over padded runs of rows.
 
-Rows come in tiles of BLOCK_M that belong to one expert each (``route.RowIndex``). Weights are read as a matrix [k, n] of
-each expert through strides, from one of three formats:
+Rows come in tiles of BLOCK_M that belong to one expert each (``route.RowIndex``). Weights are read as a matrix [k, n]
+of each expert through strides, from one of three formats:
 
     plain   bf16, fp16 or fp32
     fp8     E4M3 codes with a power of two per 128x128 tile; the left side is E4M3 with one per 128 columns of a row
@@ -40,7 +40,7 @@ def rows_times_weight(
     stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e,
     KIND: tl.constexpr, ALONG_K: tl.constexpr, ROW_DOT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(rows, columns) of ``a @ w[expert]`` in fp32, and with ROW_DOT each row's product with ``dot[expert]`` (K_SIZE,)."""
+    """(rows, columns) of ``a @ w[expert]`` in fp32, and with ROW_DOT each row's product with ``dot[expert]``."""
     acc = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
     row_dot = tl.zeros((a_rows.shape[0],), tl.float32)
     column_mask = columns < N_SIZE

@@ -100,7 +100,9 @@ def quantise_tiles(w_ERC: Tensor, *, implementation: str = "auto") -> tuple[Tens
     Returns:
         float8_e4m3fn (E, R, C) and fp32 (E, ceil(R / 128), ceil(C / 128)).
     """
-    check(w_ERC.dim() == 3 and w_ERC.numel() > 0, f"w_ERC has shape {tuple(w_ERC.shape)}; allowed: (E, R, C), not empty")
+    check(
+        w_ERC.dim() == 3 and w_ERC.numel() > 0, f"w_ERC has shape {tuple(w_ERC.shape)}; allowed: (E, R, C), not empty"
+    )
     check_float("w_ERC", w_ERC, FLOATS)
     check_contiguous(w_ERC=w_ERC)
     codes, scales = _quantise_tiles(w_ERC, choose("mx.quantise_tiles", implementation, _serves(w_ERC)))
@@ -239,7 +241,9 @@ def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, *, implementation: str = "auto
     Returns:
         float8_e4m3fn (E, N, K); fp32 tile scales; bool ``fits`` of each tile. Count ``~fits`` and use bf16 there.
     """
-    check(blocks.dim() == 4 and blocks.numel() > 0, f"blocks has shape {tuple(blocks.shape)}; allowed: (E, N, K / 32, 16)")
+    check(
+        blocks.dim() == 4 and blocks.numel() > 0, f"blocks has shape {tuple(blocks.shape)}; allowed: (E, N, K / 32, 16)"
+    )
     _check_packed(blocks, scales)
     serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
     codes, tile_scales, fits = _mxfp4_to_e4m3(blocks, scales, choose("mx.mxfp4_to_e4m3", implementation, serves))

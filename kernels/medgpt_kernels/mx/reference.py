@@ -100,8 +100,8 @@ def quantise_mxfp4(w: Tensor, mode: str = "up") -> tuple[Tensor, Tensor]:
     """Blocks (..., K / 32, 16) and E8M0 scales (..., K / 32), both uint8.
 
     Args:
-        mode: ``up``: the scale is 2^ceil(log2(amax / 6)), nothing saturates (triton_kernels' and transformers' default);
-            ``floor``: 2^(floor(log2 amax) - 2) (OCP MX v1.0 section 6.3), values above 6 scales saturate.
+        mode: ``up``: the scale is 2^ceil(log2(amax / 6)), nothing saturates (triton_kernels' and transformers'
+            default); ``floor``: 2^(floor(log2 amax) - 2) (OCP MX v1.0 section 6.3), values above 6 scales saturate.
 
     A block that holds a value which is not finite gets the scale 255 (NaN). A block of zeros gets the scale 0.
     """

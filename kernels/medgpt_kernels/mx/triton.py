@@ -96,7 +96,9 @@ def mxfp4_to_e4m3_kernel(blocks_ptr, scales_ptr, codes_ptr, tile_scales_ptr, fit
     factor = rounding.power_of_two(tl.minimum(tl.maximum(relative, -40), 6))
     factor = tl.where(scale == 255, float("nan"), factor)
     codes = rounding.to_e4m3(tl.reshape(values * factor[:, :, None], (128, 128)))
-    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=rows_inside[:, None] & (columns[None, :] < K))
+    tl.store(
+        codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=rows_inside[:, None] & (columns[None, :] < K)
+    )
     tile = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(tile_scales_ptr + tile, rounding.power_of_two(exponent))
     tl.store(fits_ptr + tile, fits.to(tl.int8))

@@ -130,7 +130,10 @@ def unpack_fp8(payload_RP: Tensor, hidden: int, dtype: torch.dtype, *, implement
     """The rows of a payload, (R, H); exact in bf16 and fp32 (E4M3 times a power of two)."""
     check(payload_RP.dtype == torch.uint8, f"payload_RP is {payload_RP.dtype}; allowed: uint8")
     width = payload_width(hidden)
-    check(payload_RP.shape[1] == width, f"payload_RP has rows of {payload_RP.shape[1]} bytes; {hidden} values need {width}")
+    check(
+        payload_RP.shape[1] == width,
+        f"payload_RP has rows of {payload_RP.shape[1]} bytes; {hidden} values need {width}",
+    )
     check_contiguous(payload_RP=payload_RP)
     if choose("permute.unpack_fp8", implementation, _serves(payload_RP)) == "reference":
         return reference.unpack_fp8(payload_RP, hidden, dtype)
@@ -177,9 +180,7 @@ class _Combine(torch.autograd.Function):
         return grad_rows, grad_weights, None, None
 
 
-def combine(
-    rows_RH: Tensor, weights_TK: Tensor | None, index: RowIndex, *, implementation: str = "auto"
-) -> Tensor:
+def combine(rows_RH: Tensor, weights_TK: Tensor | None, index: RowIndex, *, implementation: str = "auto") -> Tensor:
     """Tokens from their rows, (T, H): the sum over the slots of weight times row, in fp32, slot by slot.
 
     Args:

@@ -16,7 +16,11 @@ def payload_width(hidden: int) -> int:
 
 def permute(x_TH: Tensor, row_entry_R: Tensor, slots: int) -> Tensor:
     """Row r holds token ``row_entry[r] // slots``; zeros on padding."""
-    rows = x_TH[(row_entry_R.clamp(min=0) // slots).long()] if x_TH.shape[0] else x_TH.new_zeros((row_entry_R.numel(), x_TH.shape[1]))
+    rows = (
+        x_TH[(row_entry_R.clamp(min=0) // slots).long()]
+        if x_TH.shape[0]
+        else x_TH.new_zeros((row_entry_R.numel(), x_TH.shape[1]))
+    )
     return torch.where((row_entry_R >= 0)[:, None], rows, torch.zeros_like(rows))
 
 

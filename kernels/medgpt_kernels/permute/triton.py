@@ -77,7 +77,11 @@ def combine_kernel(
         if WEIGHTED:
             part *= tl.load(weights_ptr + tokens * SLOTS + slot, mask=tokens < T, other=0.0)[:, None]
         total += part
-    tl.store(out_ptr + tokens[:, None] * H + columns[None, :], rounding.cast(total, DTYPE), mask=(tokens[:, None] < T) & inside)
+    tl.store(
+        out_ptr + tokens[:, None] * H + columns[None, :],
+        rounding.cast(total, DTYPE),
+        mask=(tokens[:, None] < T) & inside,
+    )
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The projector's products. The left side is read through a row map, the result written through one.
 
-An image token's ``fold`` x ``fold`` patches are read where they lie: column k of the shuffled row is channel ``k % F`` of
-patch ``first + (k // F) // fold * side + (k // F) % fold``.
+An image token's ``fold`` x ``fold`` patches are read where they lie: column k of the shuffled row is channel ``k % F``
+of patch ``first + (k // F) // fold * side + (k // F) % fold``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def front_bwd_kernel(
     N, F, side, D,
     FOLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm backward to shuffled rows; each program's part of the weight's and bias's gradient in a row of its own."""
+    """LayerNorm backward to shuffled rows; each program writes its part of the weight's and bias's gradients."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     patches = tl.load(patch_ptr + rows, mask=rows < N, other=0)
     mean = tl.load(mean_ptr + rows, mask=rows < N, other=0.0)
@@ -104,8 +104,8 @@ def linear_kernel(
     """``a @ w`` with an epilogue.
 
     SHUFFLED: ``a`` is the features, read by first patch (``a_map``). MAPPED: row n of ``a`` is row ``a_map[n]``.
-    EPILOGUE: ``gelu`` adds the bias, saves the sum and writes its GELU; ``bias`` adds the bias; ``dgelu`` multiplies with
-    the GELU's slope at ``saved`` and writes the GELU to ``inner`` too; ``none``.
+    EPILOGUE: ``gelu`` adds the bias, saves the sum and writes its GELU; ``bias`` adds the bias; ``dgelu`` multiplies
+    with the GELU's slope at ``saved`` and writes the GELU to ``inner`` too; ``none``.
     SCATTER: row n goes to row ``out_map[n]``.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -10,7 +10,9 @@ ROUTES = ((1, 96, 4, 2), (70, 160, 5, 3), (65, 64, 32, 4))
 BENCH = ((8192, 2880, 32, 4), (16384, 2880, 32, 4), (8192, 2880, 128, 4), (16384, 2880, 128, 4))
 
 
-def inputs(T: int, H: int, E: int, *, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def inputs(
+    T: int, H: int, E: int, *, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:

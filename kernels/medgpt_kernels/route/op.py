@@ -97,8 +97,8 @@ def _route_fwd(
     histogram = torch.empty((blocks, E), dtype=torch.int32, device=device)
     if T:
         _kernels().route_fwd_kernel[(blocks,)](
-            x_TH, weight_EH, bias_E, norm_H if norm_H is not None else weight_EH, normed, codes, scales, logits, weights,
-            experts, histogram, T, H, E, eps, K=top_k, NORM=norm_H is not None, QUANTISE=quantise,
+            x_TH, weight_EH, bias_E, norm_H if norm_H is not None else weight_EH, normed, codes, scales, logits,
+            weights, experts, histogram, T, H, E, eps, K=top_k, NORM=norm_H is not None, QUANTISE=quantise,
             DTYPE=triton_dtype(x_TH.dtype), BLOCK_T=BLOCK_T, BLOCK_E=_block_e(E),
         )  # fmt: skip
     return normed, codes, scales, logits, weights, experts, histogram
@@ -230,7 +230,9 @@ def _reference_route(x_TH, weight_EH, bias_E, top_k, norm_H, eps, quantise) -> R
 
 
 @torch.library.custom_op("medgpt_kernels::row_index", mutates_args=())
-def _index(experts_TK: Tensor, histogram: Tensor | None, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _index(
+    experts_TK: Tensor, histogram: Tensor | None, num_experts: int, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, K), device, block_e = experts_TK.shape, experts_TK.device, _block_e(num_experts)
     blocks, tiles = _cdiv(T, BLOCK_T), num_tiles(T * K, num_experts, tile)
     made = {"dtype": torch.int32, "device": device}
@@ -246,7 +248,17 @@ def _index(experts_TK: Tensor, histogram: Tensor | None, num_experts: int, tile:
             )
     base = torch.empty((blocks, num_experts), **made)
     kernels.scan_kernel[(1,)](
-        histogram, base, counts, tile_expert, row_entry, blocks, tiles, num_experts, TILE=tile, BLOCK_E=block_e, CHUNK=64
+        histogram,
+        base,
+        counts,
+        tile_expert,
+        row_entry,
+        blocks,
+        tiles,
+        num_experts,
+        TILE=tile,
+        BLOCK_E=block_e,
+        CHUNK=64,
     )
     if blocks:
         kernels.index_kernel[(blocks,)](
@@ -318,7 +330,7 @@ def _(counts_E, num_rows, tile):
 
 
 def index_sorted(counts_E: Tensor, num_rows: int, *, tile: int = 128, implementation: str = "auto") -> RowIndex:
-    """The index of rows that an all-to-all has sorted by expert already, in one launch; "tokens" are these rows, K is 1.
+    """The index of rows that are sorted by expert already, in one launch; "tokens" are these rows, K is 1.
 
     Args:
         counts_E: int32 or int64 on the device, adding up to ``num_rows``.
@@ -341,9 +353,7 @@ def _losses_fwd(logits_TE: Tensor, kept_T: Tensor) -> tuple[Tensor, Tensor]:
     probs = torch.empty((blocks, E), dtype=torch.float32, device=logits_TE.device)
     z = torch.empty(blocks, dtype=torch.float32, device=logits_TE.device)
     if blocks:
-        _kernels().losses_fwd_kernel[(blocks,)](
-            logits_TE, kept_T, probs, z, T, E, BLOCK_T=BLOCK_T, BLOCK_E=_block_e(E)
-        )
+        _kernels().losses_fwd_kernel[(blocks,)](logits_TE, kept_T, probs, z, T, E, BLOCK_T=BLOCK_T, BLOCK_E=_block_e(E))
     return probs.sum(0), z.sum()
 
 

@@ -1,8 +1,8 @@
 """The router written out: logits, top-k, softmax over the chosen, and the index of rows, in plain torch.
 
-Source: openai/gpt-oss ``gpt_oss/torch/model.py`` (``MLPBlock.forward``: top-k of the logits, then softmax). Equal logits
-go to the lower expert. Auxiliary losses: Fedus et al. 2021 (arXiv 2101.03961) equation 4, Zoph et al. 2022 (arXiv
-2202.08906) equation 5.
+Source: openai/gpt-oss ``gpt_oss/torch/model.py`` (``MLPBlock.forward``: top-k of the logits, then softmax). Equal
+logits go to the lower expert. Auxiliary losses: Fedus et al. 2021 (arXiv 2101.03961) equation 4, Zoph et al. 2022
+(arXiv 2202.08906) equation 5.
 """
 
 from __future__ import annotations

@@ -121,7 +121,9 @@ def scan_kernel(
         running += tl.sum(count, 0)
 
     used = tl.sum(padded, 0)
-    if TILE == 1:  # rows without padding, for an exchange between ranks: every row is used, and no product asks for tiles
+    if (
+        TILE == 1
+    ):  # rows without padding, for an exchange between ranks: every row is used, and no product asks for tiles
         num_tiles = 0
     for first in range(0, num_tiles, CHUNK):
         tiles = first + tl.arange(0, CHUNK)
@@ -141,8 +143,8 @@ def index_kernel(
     experts_ptr, base_ptr, row_entry_ptr, token_row_ptr, T, E,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program: the rows of BLOCK_T tokens. A token's place is its expert's base plus the earlier tokens of the block
-    that chose the same expert; a token's choices are distinct, so its slots do not disturb each other."""
+    """One program: the rows of BLOCK_T tokens. A token's place is its expert's base plus the earlier tokens of the
+    block that chose the same expert; a token's choices are distinct, so its slots do not disturb each other."""
     block = tl.program_id(0)
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -206,9 +208,7 @@ def route_bwd_kernel(
 
 
 @triton.jit
-def losses_fwd_kernel(
-    logits_ptr, kept_ptr, probs_ptr, z_ptr, T, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def losses_fwd_kernel(logits_ptr, kept_ptr, probs_ptr, z_ptr, T, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     """One program: BLOCK_T tokens; its part of the summed probabilities and of the summed squares."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)

@@ -181,7 +181,8 @@ def _axis_x(scale: _Scale) -> str:
     ticks = [tick for tick in scale.ticks(5) if tick == int(tick)]
     y = HEIGHT - BOTTOM
     texts = "".join(
-        f'<text class="tick" x="{scale(tick):.1f}" y="{y + 16}" text-anchor="middle">{short_number(tick)}</text>'
+        f'<text class="tick" x="{scale(tick):.1f}" y="{y + 16}" '
+        f'text-anchor="{"end" if scale(tick) > WIDTH - RIGHT - 12 else "middle"}">{short_number(tick)}</text>'
         for tick in ticks
     )
     return (

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_medgpt.parallel.groups import start, stop
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def world_of_one() -> Iterator[None]:
     if dist.is_initialized():
         yield

@@ -1,0 +1,65 @@
+"""The fused kernels in the model's slots do what the plain modules do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from medgpt_kernels.dispatch import triton_refusal
+
+from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.presets import TINY, TINY_CLIP
+from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ProjectorConfig
+from megatron_medgpt.model.experts import expert_products
+from megatron_medgpt.model.merge import ImageRun, merge_images
+from megatron_medgpt.model.projector import Projector
+
+needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(triton_refusal()))
+
+
+@needs_triton
+@pytest.mark.parametrize("fold", [1, 2])
+def test_fused_projector_writes_what_projecting_and_merging_gives(fold):
+    """On a slice that cuts a span, with an image that two runs share."""
+    model = ModelConfig(language=TINY, vision=TINY_CLIP, projector=ProjectorConfig(pixel_shuffle=fold))
+    patches = model.vision.patches_per_side**2
+    runs = [ImageRun(0, 3, 0, 1, 3), ImageRun(1, 0, 1, 0, 4), ImageRun(1, 7, 0, 0, 4)]
+    projector = Projector(model, torch.float32)
+    text, features = torch.randn(12, 2, TINY.hidden_size), torch.randn(2, patches, TINY_CLIP.hidden_size)
+    results = []
+    for way in (projector.into, lambda t, f, r: merge_images(t, projector(f, r), r)):
+        leaves = [text.clone().requires_grad_(), features.clone().requires_grad_()]
+        projector.zero_grad()
+        out = way(*leaves, runs)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves), *(p.grad for p in projector.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp4"])
+def test_expert_choices_are_the_plain_experts_up_to_their_rounding(name):
+    generator = torch.Generator().manual_seed(0)
+    H, F, counts = 64, 32, torch.tensor([5, 0, 9])
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    given = [normal(14, H), counts, torch.rand(14, generator=generator), normal(3, H, 2 * F, scale=H**-0.5),
+             normal(3, 2 * F), normal(3, F, H, scale=F**-0.5), normal(3, H)]  # fmt: skip
+    plain = expert_products("grouped", H, F)(*given, limit=7.0)
+    error = (expert_products(name, H, F)(*given, limit=7.0) - plain).norm() / plain.norm()
+    low, high = {"bf16": (0.0, 1e-6), "fp8": (1e-3, 2**-4), "mxfp4": (1e-2, 2**-2)}[name]
+    assert low <= error <= high
+
+
+def test_mxfp4_refuses_sizes_that_are_not_whole_blocks():
+    with pytest.raises(ValueError, match=r"model\.language\.hidden_size to divide by 32; it is 40"):
+        expert_products("mxfp4", 40, 32)
+
+
+@pytest.mark.parametrize("field", ["experts", "dispatch", "projector", "loss"])
+def test_an_unknown_kernel_choice_is_refused_with_what_is_allowed(field):
+    with pytest.raises(UsageError, match=f"kernels.{field}='fast'; allowed: "):
+        replace(KernelConfig(), **{field: "fast"})

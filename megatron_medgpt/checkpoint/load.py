@@ -30,7 +30,7 @@ from megatron_medgpt.checkpoint.tensors import (
     read_tensors,
     sharded_tensors,
 )
-from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def find_latest(folder: Path | str, *, timeout_s: float = 1800.0) -> Path | None
     ranks divide the hashing).
 
     Raises:
-        WorkError: there are checkpoints and none is whole. Starting afresh must be somebody's decision.
+        UsageError: there are checkpoints and none is whole. Starting afresh must be somebody's decision.
     """
     folder = Path(folder).absolute()
     with Deadline(f"looking for the newest checkpoint in {folder}", timeout_s):
@@ -60,7 +60,7 @@ def find_latest(folder: Path | str, *, timeout_s: float = 1800.0) -> Path | None
                 continue
             return path
     if candidates:
-        raise WorkError(
+        raise UsageError(
             f"{folder} holds {len(candidates)} checkpoints and none is whole (see the lines above); restore one, or "
             "move the folder away to start afresh"
         )

@@ -22,11 +22,11 @@ def run_dry(config: RunConfig, world: World) -> None:
     """Print model, memory, data and speed of every stage. Collective: every rank runs the steps, rank 0 prints."""
     console = Console(stderr=False, highlight=False) if world.is_first else None
     if console:
-        console.print(_model_table(config))
+        _print_model(console, config)
     for index, stage in enumerate(config.stages):
         layout = check_stage(config, stage, world.size)
         if console:
-            console.print(_memory_table(config, stage, layout))
+            _print_memory(console, config, stage, layout)
         seconds, tokens, data = _one_step(config, index, world)
         if console:
             console.print(_data_table(config, stage, data, seconds, tokens))
@@ -48,23 +48,21 @@ def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, 
     return seconds, tokens, facts
 
 
-def _model_table(config: RunConfig) -> Table:
+def _print_model(console: Console, config: RunConfig) -> None:
     count = model_parameters(config.model)
-    table = Table(
-        title=f"{config.name}: {count.total / 1e6:,.1f} M parameters, {config.precision}", title_justify="left"
-    )
+    console.print(f"{config.name}: {count.total / 1e6:,.1f} M parameters, {config.precision}", soft_wrap=True)
+    table = Table()
     table.add_column("module")
     table.add_column("parameters", justify="right")
     for module, number in vars(count).items():
         table.add_row(module, f"{number:,}")
-    return table
+    console.print(table)
 
 
-def _memory_table(config: RunConfig, stage: StageConfig, layout: Layout) -> Table:
-    table = Table(
-        title=f"stage {stage.name}: {layout.describe()}, memory per rank in GB (activations are estimated)",
-        title_justify="left",
-    )
+def _print_memory(console: Console, config: RunConfig, stage: StageConfig, layout: Layout) -> None:
+    title = f"\nstage {stage.name}: {layout.describe()}, memory per rank in GB (activations are estimated)"
+    console.print(title, soft_wrap=True)
+    table = Table()
     for name in ("pipeline rank", "layers", "weights", "gradients", "optimizer", "activations", "total"):
         table.add_column(name, justify="right")
     for pipeline_rank in range(layout.pipeline):
@@ -75,7 +73,7 @@ def _memory_table(config: RunConfig, stage: StageConfig, layout: Layout) -> Tabl
         layers = sum(len(layout.layers_of_chunk(c)) for c in layout.chunks_of(pipeline_rank))
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         table.add_row(str(pipeline_rank), str(layers), *(f"{part / 1e9:.3f}" for part in parts))
-    return table
+    console.print(table)
 
 
 def _data_table(config: RunConfig, stage: StageConfig, data: dict, seconds: float, tokens: int) -> Table:

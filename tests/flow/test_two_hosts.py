@@ -103,6 +103,7 @@ def wait_for(condition, deadline_s: float, logs: Path) -> float:
     raise AssertionError(f"not within {deadline_s} s\n{tails}")
 
 
+@pytest.mark.skipif(os.environ.get("MEDGPT_SLURM") != "all", reason="make slurm-test runs it; the next one meets too")
 def test_torchrun_trains_across_two_hosts(started, tmp_path):
     processes = started("stages.align.num_steps=4", peer_seconds=60)
     wait_for(lambda: all(p.poll() is not None for p in processes), 240, tmp_path)

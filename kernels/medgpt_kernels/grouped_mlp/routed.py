@@ -24,6 +24,8 @@ from medgpt_kernels.route.op import RowIndex, _block_e
 
 KINDS = ("plain", "fp8", "mxfp4")
 LAUNCH = {"num_warps": 8, "num_stages": 3}
+BACKWARD_COLUMNS = 64
+"""Columns of a tile of dz: its epilogue holds six numbers a column, and 128 of them spill 2 KB a thread (sm_90)."""
 GROUP = 8
 """Tiles of rows that are worked on together, so that they share an expert's weights in the cache."""
 
@@ -144,14 +146,14 @@ def _input_grads(x_TH, weights_TK, index: RowIndex, w1: Weights, w2: Weights, b2
     weighted_a = torch.empty((R, F), dtype=x_TH.dtype, device=device)
     dz_codes = torch.empty((R, G), dtype=torch.uint8, device=device) if kind == "fp8" else dz
     dz_scales = torch.empty((R, _cdiv(G, 128)), dtype=torch.float32, device=device) if kind == "fp8" else dz
-    parts = torch.empty((_cdiv(F, 128), R), dtype=torch.float32, device=device)
+    parts = torch.empty((_cdiv(F, BACKWARD_COLUMNS), R), dtype=torch.float32, device=device)
     dx = torch.empty((T if K == 1 else R, H), dtype=x_TH.dtype, device=device)
     if num_m:
         grad, grad_scales = _rounded(grad_TH, kind)
         kernels.down_bwd_kernel[(num_m * parts.shape[0],)](
             grad, grad_scales, w2.backward, w2.scales, b2, z, weights_TK, dz, dz_codes, dz_scales, weighted_a, parts,
             index.row_entry, index.tile_expert, H, F, *w2.strides(transposed=True), limit, num_m, SLOTS=K, KIND=kind,
-            DTYPE=dtype, **_blocks(kind, index.tile, 128),
+            DTYPE=dtype, **_blocks(kind, index.tile, BACKWARD_COLUMNS),
         )  # fmt: skip
         kernels.rows_kernel[(num_m * _cdiv(H, 128),)](
             dz_codes, dz_scales, w1.backward, w1.scales, dz, dz, dx, index.row_entry, index.tile_expert, G, H,
@@ -183,7 +185,6 @@ class _RoutedMLP(torch.autograd.Function):
         out, z = _forward(x_TH, weights_TK, index, w1, b1, w2, b2, limit)
         ctx.save_for_backward(x_TH, weights_TK, b1, b2, z)
         ctx.index, ctx.w1, ctx.w2, ctx.limit = index, w1, w2, limit
-        ctx.into = tuple(getattr(w, "main_grad", None) for w in (gate_up, b1, down, b2))
         return out
 
     @staticmethod

@@ -242,7 +242,7 @@ def test_garbage_in_latest_changes_nothing(tmp_path):
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_afresh(tmp_path):
     flip(write(tmp_path, 1) / "__0_0.distcp", 700)
-    with pytest.raises(WorkError, match="none is whole"):
+    with pytest.raises(UsageError, match="none is whole"):
         find_latest(tmp_path)
 
 

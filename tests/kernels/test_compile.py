@@ -1,0 +1,25 @@
+"""Triton kernels become machine code for Hopper, on the tensor cores, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[2] / "kernels" / "compile.py"
+
+
+def test_expert_products_of_every_format_compile_to_hopper_matrix_instructions(tmp_path):
+    """The smallest of the product kernels, in every weight format; ``kernels/compile.py`` does all of them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(SCRIPT), "--only", "rows_kernel", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:]
+    made = [row for row in json.loads((tmp_path / "out.json").read_text()) if row["kernel"] == "rows_kernel"]
+    assert {row["options"]["KIND"] for row in made} == {"plain", "fp8", "mxfp4"}
+    assert all(row["wgmma"] and row["fits"] for row in made)

@@ -52,7 +52,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_medgpt*"]) + find_packages("kernels", include=["medgpt_kernels*"]),
     package_dir={"medgpt_kernels": "kernels/medgpt_kernels"},
-    package_data={"megatron_medgpt": ["**/*.html", "**/*.json", "**/*.yaml"]},
+    package_data={
+        "megatron_medgpt": ["**/*.html", "**/*.json", "**/*.yaml", "**/*.css", "**/*.jinja"],
+        "medgpt_kernels": ["**/*.cu", "**/*.cuh"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["medgpt = megatron_medgpt.cli:main"]},

@@ -174,6 +174,7 @@ def evaluate(
     pipeline: Annotated[int, typer.Option(help="Pipeline-parallel degree for a checkpoint.")] = 1,
     expert: Annotated[int, typer.Option(help="Expert-parallel degree for a checkpoint.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Positions of an evaluation row.")] = 1024,
+    reader: Annotated[str, typer.Option(help="Pictures of a checkpoint: auto, dali or pillow.")] = "auto",
 ) -> None:
     """Ask a model the questions of a task and score its answers under a named protocol.
 
@@ -197,6 +198,7 @@ def evaluate(
         controls=controls,
         num_ranks=nproc,
         sequence_length=sequence_length,
+        reader=reader,
     )
     raise typer.Exit(code)
 

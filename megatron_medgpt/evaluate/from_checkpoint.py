@@ -62,6 +62,7 @@ def open_likelihood_engine(
     parallel: ParallelConfig | None = None,
     tokenizer: Path | None = None,
     sequence_length: int = 1024,
+    reader: str = "auto",
     num_rows: int = 2,
 ) -> LikelihoodEngine:
     """Load a checkpoint into ``parallel`` (data parallelism alone when not given) and make it answer. Collective."""
@@ -72,12 +73,19 @@ def open_likelihood_engine(
     chunks, groups = load_model(checkpoint, model, world, parallel)
     return LikelihoodEngine(
         LayoutForward(chunks, groups, world.device), tokenizer=words, image=image_spec(model),
-        sequence_length=sequence_length, num_rows=num_rows, description=f"checkpoint {checkpoint.name}",
+        sequence_length=sequence_length, num_rows=num_rows, reader=reader,
+        description=f"checkpoint {checkpoint.name}",
     )  # fmt: skip
 
 
 def open_greedy_engine(
-    path: Path, world: World, *, tokenizer: Path | None = None, sequence_length: int = 1024, max_new_tokens: int = 64
+    path: Path,
+    world: World,
+    *,
+    tokenizer: Path | None = None,
+    sequence_length: int = 1024,
+    max_new_tokens: int = 64,
+    reader: str = "auto",
 ) -> GreedyEngine:
     """Load a checkpoint of any layout whole into this one process and make it write answers.
 
@@ -94,7 +102,8 @@ def open_greedy_engine(
     whole = chunks[0].eval()
     return GreedyEngine(
         lambda batch: whole(batch.to(world.device), want="logits"), tokenizer=words, image=image_spec(model),
-        sequence_length=sequence_length, max_new_tokens=max_new_tokens, description=f"checkpoint {checkpoint.name}",
+        sequence_length=sequence_length, max_new_tokens=max_new_tokens, reader=reader,
+        description=f"checkpoint {checkpoint.name}",
     )  # fmt: skip
 
 

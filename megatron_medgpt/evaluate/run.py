@@ -30,10 +30,12 @@ def evaluate_model(
     controls: bool = True,
     num_ranks: int = 1,
     sequence_length: int = 1024,
+    reader: str = "auto",
 ) -> int:
     """Ask one model the questions of a task, with controls, and write the evaluation file and a gallery beside it.
 
     Args:
+        reader: ``dali`` or ``pillow`` for the pictures of a checkpoint; DALI where it is installed when ``auto``.
         arguments: the command line, with which further ranks are started when ``num_ranks`` > 1.
 
     Returns:
@@ -55,7 +57,7 @@ def evaluate_model(
             return run_ranks(arguments, num_ranks)
         _with_checkpoint(
             task, data, out, checkpoint=checkpoint, tokenizer=tokenizer, parallel=parallel, protocol=protocol,
-            limit=limit, controls=controls, sequence_length=sequence_length,
+            limit=limit, controls=controls, sequence_length=sequence_length, reader=reader,
         )  # fmt: skip
         return 0
     from megatron_medgpt.evaluate.engine import EndpointEngine, HuggingFaceEngine
@@ -73,7 +75,7 @@ def evaluate_model(
 
 def _with_checkpoint(
     task: str, data: Path, out: Path, *, checkpoint: Path, tokenizer: Path | None, parallel: ParallelConfig | None,
-    protocol: str, limit: int | None, controls: bool, sequence_length: int,
+    protocol: str, limit: int | None, controls: bool, sequence_length: int, reader: str,
 ) -> None:  # fmt: skip
     import torch
 
@@ -88,10 +90,17 @@ def _with_checkpoint(
     try:
         engine: Any
         if protocol in GENERATIVE:
-            engine = open_greedy_engine(checkpoint, world, tokenizer=tokenizer, sequence_length=sequence_length)
+            engine = open_greedy_engine(
+                checkpoint, world, tokenizer=tokenizer, sequence_length=sequence_length, reader=reader
+            )
         else:
             engine = open_likelihood_engine(
-                checkpoint, world, parallel=parallel, tokenizer=tokenizer, sequence_length=sequence_length
+                checkpoint,
+                world,
+                parallel=parallel,
+                tokenizer=tokenizer,
+                sequence_length=sequence_length,
+                reader=reader,
             )
         _run(task, data, out, engine, protocol=protocol, limit=limit, controls=controls, writes=world.is_first)
     finally:

@@ -58,8 +58,53 @@ def test_the_demo_refuses_to_replace_a_folder_it_did_not_make(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_first_example_runs(tmp_path):
-    done = run(["bash", str(ROOT / "examples" / "01_first_run" / "run.sh"), str(tmp_path / "work")], tmp_path)
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("example")
+    done = run(["bash", str(ROOT / "examples" / "01_first_run" / "run.sh"), str(folder / "work")], folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "work" / "run" / "report.html").is_file()
+    return folder / "work", done
+
+
+def test_the_first_example_runs(example):
+    work, done = example
+    assert (work / "run" / "report.html").is_file()
     assert "phantoms (chat-likelihood)" in done.stdout
+
+
+def option_losses(path: Path) -> dict[str, list[float]]:
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {answer["question_id"]: answer["option_losses"] for answer in answers}
+
+
+def test_transformers_gives_every_option_of_the_export_the_loss_that_the_checkpoint_gives_it(example):
+    """The bound: float32 logits of the two differ by 2e-5 (tests/parity), and a loss moves at most twice as far. Pillow
+    reads the pictures on both sides: DALI's differ by up to 8 of 255 grey levels (tests/unit/data)."""
+    work, _ = example
+    medgpt = [sys.executable, "-m", "megatron_medgpt.cli"]
+    for arguments in (
+        [
+            "eval",
+            "phantoms",
+            "--data",
+            "phantoms/test",
+            "--checkpoint",
+            "run",
+            "--out",
+            "ours/phantoms.json",
+            "--no-controls",
+            "--reader",
+            "pillow",
+            "--sequence-length",
+            "256",
+        ],
+        ["convert", "megatron-to-hf", "--checkpoint", "run", "--out", "export", "--dtype", "fp32"],
+        ["eval", "phantoms", "--data", "phantoms/test", "--hf", "export", "--out", "hf/phantoms.json", "--no-controls"],
+    ):
+        done = run([*medgpt, *arguments], work)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ours = option_losses(work / "ours" / "phantoms.answers.jsonl")
+    theirs = option_losses(work / "hf" / "phantoms.answers.jsonl")
+    assert ours.keys() == theirs.keys() and len(ours) == 32
+    worst = max(abs(a - b) for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+    assert worst < 4e-5

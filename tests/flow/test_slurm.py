@@ -130,15 +130,12 @@ def num_steps_done(out: Path) -> int:
 
 
 def parameters_of(out: Path) -> dict[str, str]:
-    """Checksums of the last checkpoint's tensors by file, from its manifest."""
+    """Checksums of the last checkpoint's payload (weights and optimizer) by file, from its manifest."""
     newest = max((out / "checkpoints").glob("step-*"))
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    found = (
-        {f["name"]: f["sha256"] for f in files}
-        if isinstance(files, list)
-        else {k: v["sha256"] for k, v in files.items()}
-    )
-    return {name: digest for name, digest in found.items() if name.endswith(".distcp")}
+    found = {name: facts["sha256"] for name, facts in files.items() if name.endswith(".distcp")}
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("launch", ["torchrun", "srun"])

@@ -15,7 +15,7 @@ VENV_NEWEST ?= .venv-newest
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest check format setup setup-newest clean
+.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test
 
 setup: $(VENV)/ready
 
@@ -56,6 +56,14 @@ setup-newest:
 # The other line of megatron-core: what touches the engine.
 test-newest: setup-newest
 	@$(VENV_NEWEST)/bin/python -m pytest tests/unit tests/parallel tests/parity tests/flow
+
+# A real two-node Slurm on this host (Debian: apt install slurm-wlm munge, as root), and two hosts in network namespaces.
+slurm-test: setup
+	@MEDGPT_SLURM=all $(BIN)/python -m pytest tests/flow/test_slurm.py tests/flow/test_two_hosts.py tests/flow/test_slurm_launchers.py
+
+# The container on a stand-in base (Debian: apt install buildah debootstrap, as root).
+image-test:
+	@tools/image/build_on_stand_in.sh
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) demo build *.egg-info

@@ -313,12 +313,18 @@ class CheckpointConfig:
     start_from: str | None = None
     """A checkpoint folder whose weights the first stage starts from; random initialisation when not given."""
 
+    def __post_init__(self) -> None:
+        _positive("checkpoint", interval=self.interval, keep=self.keep)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval: int = 10
     """Steps between progress lines. metrics.jsonl gets every step."""
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("log", interval=self.interval)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ def test_overrides_address_stages_by_name_and_by_number():
         ("precision=fp8", "allowed: bf16, fp32"),
         ("stages.0.num_steps=0", "must be greater than 0"),
         ("stages.0.num_steps=many", "expected int"),
+        ("checkpoint.interval=0", "checkpoint.interval is 0; it must be greater than 0"),
         ("stages.0.sequence_length=10", "cannot hold one image"),
         ("stages.0.frozen=[encoders]", "allowed: encoder"),
         ("stages.0.frozen=[encoder,projector,language,experts,router]", "nothing would learn"),

@@ -2,8 +2,8 @@
 
     python tools/data/train_tokenizer.py captions.jsonl dialogues.json --out tokenizer --vocab-size 512
 
-Every string of a JSON or JSONL file counts as text, except under the keys that name images or ids. For the public GPT-oss
-weights take their own tokenizer.json instead.
+Every string of a JSON or JSONL file counts as text, except under the keys that name images or ids. For the public
+GPT-oss weights take their own tokenizer.json instead.
 """
 
 from __future__ import annotations

@@ -312,13 +312,13 @@ def test_logits_catch_a_configuration_that_was_read_wrongly(clip, mutant):
 def test_logits_catch_an_up_projection_without_its_one(clip):
     chunks = clip.ours()
 
-    def without_one(rows, counts, gate_up, gate_up_bias, down, down_bias, *, limit):
+    def without_one(rows, counts, weights, gate_up, gate_up_bias, down, down_bias, *, limit):
         out = []
-        for expert, part in enumerate(rows.split(counts)):
+        for expert, part in enumerate(rows.split(torch.as_tensor(counts).tolist())):
             both = part @ gate_up[expert] + gate_up_bias[expert]
             gate, up = both[:, ::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
             out.append((gate * torch.sigmoid(1.702 * gate) * up) @ down[expert] + down_bias[expert])
-        return torch.cat(out)
+        return torch.cat(out) * weights[:, None]
 
     for layer in chunks[0].language.decoder.layers:
         layer.mlp.experts._mlp = without_one

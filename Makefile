@@ -15,7 +15,7 @@ VENV_NEWEST ?= .venv-newest
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test
+.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test convert-bench
 
 setup: $(VENV)/ready
 
@@ -65,6 +65,10 @@ slurm-test: setup
 # The container on a stand-in base (Debian: apt install buildah debootstrap, as root).
 image-test:
 	@tools/image/build_on_stand_in.sh
+
+# A 20B in MXFP4 with random blocks (13.8 GB) converted in and out, with its figures.
+convert-bench: setup
+	@$(BIN)/python tools/convert/benchmark.py --work build/convert-bench
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) demo build *.egg-info

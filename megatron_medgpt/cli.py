@@ -333,6 +333,7 @@ def verify_conversion(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
     hf: Annotated[Path, typer.Option(help="The Hugging Face folder.")],
     layout: Annotated[list[str] | None, typer.Option(help="single, tp2, ep2 ...; repeatable.")] = None,
+    logits: Annotated[bool, typer.Option(help="Compare logits too (both models in memory, in fp32).")] = True,
 ) -> None:
     """Compare every tensor, and logits over prompts longer than the window; exit 1 outside the bound.
 
@@ -340,7 +341,7 @@ def verify_conversion(
     """
     from megatron_medgpt.convert import command
 
-    raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",)))
+    raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",), logits=logits))
 
 
 @app.command()

@@ -114,8 +114,8 @@ def plan_import(
     config = ModelConfig(
         language=opened.language_config, vision=vision_config, projector=ProjectorConfig(pixel_shuffle=pixel_shuffle)
     )
-    wide = DTYPES[dtype] or torch.bfloat16
-    language_table = opened.language_table(config.language, wide)
+    unpacked = DTYPES[dtype] or torch.bfloat16
+    language_table = opened.language_table(config.language, unpacked)
     if keep_packed:
         if opened.experts != "mxfp4":
             raise UsageError(f"--keep-packed: {opened.folder} holds no MXFP4 experts")
@@ -123,9 +123,11 @@ def plan_import(
     pieces = [_Piece(language_table.rows, opened.language, f"{language} ({_kind(opened)})")]
     language_table.check_published(opened.language.names, str(language))
     unused = list(opened.others)
-    pieces.append(_vision_piece(tower, config.vision, new_vision, seed, wide, unused))
+    head = next(row for row in language_table.rows if row.ours == "language.output_layer.weight")
+    made = DTYPES[dtype] or opened.language.spec(head.published[0]).dtype  # of what is new
+    pieces.append(_vision_piece(tower, config.vision, new_vision, seed, made, unused))
     given = open_published(Path(projector)) if projector is not None else opened if whole else None
-    pieces.append(_projector_piece(given, config, seed, wide))
+    pieces.append(_projector_piece(given, config, seed, made))
     specs: dict[str, TensorSpec] = {}
     for piece in pieces:
         specs.update(to_ours_specs(piece.rows, piece.source, DTYPES[dtype]))

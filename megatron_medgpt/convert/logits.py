@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -212,9 +213,7 @@ def run_ranks(command: Sequence[str], size: int, folder: Path, timeout_s: float)
     Raises:
         WorkError: a rank failed (with its last line), or they took longer than ``timeout_s``. None is left running.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     deadline = time.monotonic() + timeout_s
     try:
@@ -238,6 +237,17 @@ def run_ranks(command: Sequence[str], size: int, folder: Path, timeout_s: float)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below the range that outgoing connections are given: rank 0 binds it seconds
+    later, when it has imported everything, and one of those would have been taken meanwhile."""
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise WorkError("no free port between 20000 and 32000 for the ranks to meet at")
 
 
 def config_of_task(settings: Mapping[str, Any]) -> tuple[ModelConfig, ParallelConfig]:

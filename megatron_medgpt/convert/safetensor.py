@@ -72,10 +72,13 @@ class MappedFile:
         return b"" if self._map is None else self._map[start:end]
 
     def view(self, spec: TensorSpec, start: int) -> Tensor:
-        """A tensor over the file's bytes from ``start``; nothing is read before it is touched."""
+        """A tensor over the file's bytes from ``start``, which begin to be read; nothing is copied."""
         count = math.prod(spec.shape)
         if count == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
+        first = start - start % mmap.PAGESIZE
+        # Without it a fault reads 128 KiB and waits for them.
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + spec.num_bytes - first)
         if start % spec.dtype.itemsize == 0:
             return torch.frombuffer(self._map, dtype=spec.dtype, count=count, offset=start).view(spec.shape)
         # frombuffer wants no alignment of the offset but torch's kernels do.

@@ -193,7 +193,8 @@ def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: st
                 out = call(*leaves.values())
                 saved[name] = torch.cuda.memory_allocated() - before
                 del out
-            except Exception:
+            except Exception as error:
+                print(f"{name}: saved memory was not measured: {type(error).__name__}: {error}", file=sys.stderr)
                 saved[name] = None
     for table, factor in ((forward, 1), (backward, 3)):
         for row in table.values():

@@ -207,13 +207,15 @@ def _write_summary(out: Path, summary: dict[str, Any]) -> None:
 def _say_what_was_learned(out: Path, summary: dict[str, Any], quick: bool) -> None:
     controls = summary["controls"]
     low, high = summary["ci95"]
+    from_picture = low > max(controls.values())
+    verdict = "the answers come from the picture" if from_picture else "the pictures were not used"
     lines = [
         "",
         f"Learned in {summary['seconds'] / 60:.1f} minutes ({', then '.join(summary['layouts'])}): "
         f"{summary['accuracy']:.1%} of {summary['n']} held-out four-option questions right "
         f"(95 % interval {low:.1%} to {high:.1%}; chance is 25 %).",
         f"With a blank image {controls['blank_image']:.1%}, with another patient's image "
-        f"{controls['shuffled_image']:.1%}: the answers come from the picture.",
+        f"{controls['shuffled_image']:.1%}: {verdict}.",
         *(f"  {name}: {value['accuracy']:.1%} of {value['n']}" for name, value in summary["by_question_type"].items()),
         f"Report: {out / 'report.html'}",
         "",

@@ -121,6 +121,9 @@ class ProjectorConfig:
 
     pixel_shuffle: int = 1
     """2 folds every 2x2 patches into one image token (four times fewer tokens)."""
+    norm: bool = False
+    """LayerNorm over the (shuffled) row in front of the first layer, as InternVL has it: what exports of a model with
+    pixel shuffle need, since LLaVA's layout has neither."""
     hidden_size: int | None = None
     """Width between the two layers; the language model's hidden size when not given."""
 

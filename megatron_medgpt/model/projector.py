@@ -4,6 +4,7 @@ Layer names, biases and the GELU (by erf) are transformers' ``LlavaMultiModalPro
 shuffle folds four neighbouring patches into one image token before the MLP, as InternVL does
 (transformers ``models/internvl/modeling_internvl.py``, ``pixel_shuffle`` with a factor of 0.5): token (y, x) of the
 smaller grid holds the channels of the patches (2y, 2x), (2y, 2x + 1), (2y + 1, 2x), (2y + 1, 2x + 1), in this order.
+With the optional LayerNorm over that row the module is InternVL's ``InternVLMultiModalProjector``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ def pixel_shuffle(features_IPF: Tensor, fold: int) -> Tensor:
     return grid.transpose(2, 3).reshape(num_images, (side // fold) ** 2, fold * fold * width)
 
 
+NORM_EPS = 1e-5
+"""Of the optional LayerNorm: torch's default, which transformers' InternVL takes."""
+
+
 class Projector(ReplicatedModule):
-    """Two linear layers with a GELU between them: ``linear_1`` (Hp, Hv * fold**2), ``linear_2`` (H, Hp).
+    """Two linear layers with a GELU between them: ``linear_1`` (Hp, Hv * fold**2), ``linear_2`` (H, Hp), and before
+    them ``norm`` (Hv * fold**2) where the configuration has it.
 
     Args:
         config: of the whole model: the encoder's width, the language model's, and the projector's own section.
@@ -52,7 +58,9 @@ class Projector(ReplicatedModule):
         self.fold = config.projector.pixel_shuffle
         width = config.language.hidden_size
         inner = config.projector.hidden_size or width
-        self.linear_1 = nn.Linear(config.vision.hidden_size * self.fold**2, inner, **made)
+        width_in = config.vision.hidden_size * self.fold**2
+        self.norm = nn.LayerNorm(width_in, eps=NORM_EPS, **made) if config.projector.norm else None
+        self.linear_1 = nn.Linear(width_in, inner, **made)
         self.linear_2 = nn.Linear(inner, width, **made)
         self.embedding_std = config.language.init_std
         self.finish(seed=seed, device=device)
@@ -71,6 +79,8 @@ class Projector(ReplicatedModule):
         if self.fold > 1:
             features_IPF = pixel_shuffle(features_IPF, self.fold)
         rows = features_IPF if runs is None else take_image_rows(features_IPF, runs)
+        if self.norm is not None:
+            rows = self.norm(rows)
         return self.linear_2(F.gelu(self.linear_1(rows)))
 
     def into(self, text_SBH: Tensor, features_IPF: Tensor, runs: Sequence[ImageRun]) -> Tensor:
@@ -85,9 +95,11 @@ class Projector(ReplicatedModule):
         places = [(run.start + i) * width + run.row for run in runs for i in range(run.length)]
         at = placement(tokens, places, num_images=images, side=side, fold=self.fold, device=text_SBH.device)
         first, second = self.linear_1, self.linear_2
+        norm = None if self.norm is None else (self.norm.weight, self.norm.bias)
         return project_into(
-            text_SBH.contiguous(), features_IPF.contiguous(), at, first.weight, first.bias, second.weight, second.bias
-        )
+            text_SBH.contiguous(), features_IPF.contiguous(), at, first.weight, first.bias, second.weight, second.bias,
+            norm=norm, eps=NORM_EPS,
+        )  # fmt: skip
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """By fan-in, except that image rows start at the size of text embeddings (``language.init_std``).
@@ -95,6 +107,8 @@ class Projector(ReplicatedModule):
         The features of a pre-norm encoder are of order 1 and a GELU keeps about a third of the variance, so the
         second layer's weights carry the scale.
         """
+        if self.norm is not None:
+            self.norm.reset_parameters()
         nn.init.normal_(self.linear_1.weight, std=self.linear_1.in_features**-0.5, generator=generator)
         second_std = self.embedding_std * (3.0 / self.linear_2.in_features) ** 0.5
         nn.init.normal_(self.linear_2.weight, std=second_std, generator=generator)

@@ -82,7 +82,8 @@ def vision_bytes(model: ModelConfig, batch: MicroBatch, *, bytes_per_value: int,
     rows = images * model.tokens_per_image
     width_in = v.hidden_size * model.projector.pixel_shuffle**2
     middle = model.projector.hidden_size or model.language.hidden_size
-    projector = rows * b * (width_in + 2 * middle)  # features, before and after the GELU
+    norm = width_in + 2 * WIDE / b if model.projector.norm else 0  # its input beside its output; mean and deviation
+    projector = rows * b * (norm + width_in + 2 * middle)  # features, before and after the GELU
     if frozen:
         return int(projector)
     places = v.patches_per_side**2 + (v.kind == "clip")

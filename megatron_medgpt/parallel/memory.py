@@ -122,7 +122,8 @@ def _vision_parameters(c: VisionConfig) -> int:
 def _projector_parameters(c: ModelConfig) -> int:
     width_in, h = c.vision.hidden_size * c.projector.pixel_shuffle**2, c.language.hidden_size
     middle = c.projector.hidden_size or h
-    return width_in * middle + middle + middle * h + h
+    norm = 2 * width_in if c.projector.norm else 0
+    return norm + width_in * middle + middle + middle * h + h
 
 
 def rank_memory(

@@ -21,10 +21,10 @@ needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(trito
 
 
 @needs_triton
-@pytest.mark.parametrize("fold", [1, 2])
-def test_fused_projector_writes_what_projecting_and_merging_gives(fold):
+@pytest.mark.parametrize(("fold", "norm"), [(1, False), (2, False), (2, True)])
+def test_fused_projector_writes_what_projecting_and_merging_gives(fold, norm):
     """On a slice that cuts a span, with an image that two runs share."""
-    model = ModelConfig(language=TINY, vision=TINY_CLIP, projector=ProjectorConfig(pixel_shuffle=fold))
+    model = ModelConfig(language=TINY, vision=TINY_CLIP, projector=ProjectorConfig(pixel_shuffle=fold, norm=norm))
     patches = model.vision.patches_per_side**2
     runs = [ImageRun(0, 3, 0, 1, 3), ImageRun(1, 0, 1, 0, 4), ImageRun(1, 7, 0, 0, 4)]
     projector = Projector(model, torch.float32)

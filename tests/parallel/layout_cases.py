@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
-from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.config.schema import ModelConfig, ParallelConfig, ProjectorConfig
 from megatron_medgpt.types import IGNORE_INDEX, ImageSpan, MedBatch
 
-MODEL = ModelConfig(language=TINY, vision=replace(TINY_CLIP, num_layers=2))
+MODEL = ModelConfig(language=TINY, vision=replace(TINY_CLIP, num_layers=2), projector=ProjectorConfig(norm=True))
 LENGTH = 64
 NUM_ROWS = 4
 """Rows of one optimizer step, one per micro-batch."""

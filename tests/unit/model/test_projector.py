@@ -45,6 +45,25 @@ def test_projection_is_linear_gelu_by_erf_linear():
     assert projector(features).shape == (2, 16, 64)
 
 
+def test_shuffled_and_normed_projection_equals_internvls():
+    modeling = pytest.importorskip("transformers.models.internvl.modeling_internvl")
+    config = ModelConfig(language=TINY, vision=TINY_CLIP, projector=ProjectorConfig(pixel_shuffle=2, norm=True))
+    ours = Projector(config, torch.float64)
+    torch.nn.init.normal_(ours.norm.weight)
+    torch.nn.init.normal_(ours.norm.bias)
+    published = modeling.InternVLMultiModalProjector(
+        modeling.InternVLConfig(
+            vision_config={"model_type": "clip_vision_model", "hidden_size": TINY_CLIP.hidden_size},
+            text_config={"model_type": "gpt_oss", "hidden_size": TINY.hidden_size},
+        )
+    ).double()
+    names = {"norm": "layer_norm", "linear_1": "linear_1", "linear_2": "linear_2"}
+    state = {f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value for key, value in ours.state_dict().items()}
+    published.load_state_dict(state)
+    features = _features(2)
+    torch.testing.assert_close(ours(features), published(pixel_shuffle(features, 2)), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("fold", [1, 2])
 def test_selected_rows_equal_the_rows_of_the_whole_projection(fold):
     projector = Projector(_config(fold), torch.float64)

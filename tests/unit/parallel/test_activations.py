@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_medgpt.config.presets import TINY, TINY_CLIP, TINY_SIGLIP
-from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.config.schema import ModelConfig, ParallelConfig, ProjectorConfig
 from megatron_medgpt.parallel import groups as world
 from megatron_medgpt.parallel.activations import (
     MicroBatch,
@@ -95,16 +95,17 @@ def test_head_and_loss_keep_rows_with_a_target_only(process_group):
 
 @pytest.mark.parametrize("vision", [TINY_CLIP, TINY_SIGLIP], ids=["clip", "siglip"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_encoder_and_projector_keep_what_the_arithmetic_says(vision, frozen):
+@pytest.mark.parametrize("projector", [ProjectorConfig(), ProjectorConfig(pixel_shuffle=2, norm=True)])
+def test_encoder_and_projector_keep_what_the_arithmetic_says(vision, frozen, projector):
     from megatron_medgpt.model.projector import Projector
     from megatron_medgpt.model.vision import build_vision
 
-    model = ModelConfig(language=TINY, vision=vision)
-    encoder, projector = build_vision(vision, torch.bfloat16, seed=0), Projector(model, torch.bfloat16, seed=1)
+    model = ModelConfig(language=TINY, vision=vision, projector=projector)
+    encoder, module = build_vision(vision, torch.bfloat16, seed=0), Projector(model, torch.bfloat16, seed=1)
     encoder.requires_grad_(not frozen)
-    kept = Kept(encoder, projector)
+    kept = Kept(encoder, module)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        projector(encoder(torch.randn(4, 3, vision.image_size_px, vision.image_size_px)))
+        module(encoder(torch.randn(4, 3, vision.image_size_px, vision.image_size_px)))
     batch = MicroBatch(tokens=0, targets=0, images=4)
     assert vision_bytes(model, batch, bytes_per_value=2, tensor=1, frozen=frozen) == pytest.approx(
         kept.num_bytes, rel=0.005

@@ -120,6 +120,18 @@ def read_facts(path: Path | str) -> CheckpointFacts:
     return read_manifest(Path(path).absolute()).facts
 
 
+def holds_packed_experts(path: Path | str) -> bool:
+    """Are the experts of a checkpoint in MXFP4, as they were published? Collective; every file is compared with the
+    manifest first, so that ``load_checkpoint`` need not do it again.
+
+    Raises:
+        UsageError: the checkpoint is missing, half-written or altered.
+    """
+    path = Path(path).absolute()
+    verify(path)
+    return on_first_rank(lambda: any(".experts." in key and key.endswith("_blocks") for key in stored_tensors(path)))
+
+
 def load_checkpoint(
     path: Path | str,
     sharded_state: dict[str, Any],

@@ -35,18 +35,21 @@ OPTIMIZER = "optimizer"
 _EXTRA_STATE = "_extra_state"
 
 
-def model_state(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
+def model_state(
+    models: Sequence[torch.nn.Module], groups: ProcessGroupCollection, *, packed_experts: bool = False
+) -> dict[str, Any]:
     """Sharded weights of this rank's model chunks: what the next stage, evaluation and export need.
 
     Args:
         models: the virtual chunks of this pipeline rank, bare or wrapped for data parallelism.
         groups: process groups of the layout; replicas are told apart by its data-parallel group.
+        packed_experts: make places for experts in MXFP4, which ``load_weights`` unpacks (``load.holds_packed_experts``).
 
     Returns:
         ``{"model0": {name: ShardedTensor}, ...}``. TransformerEngine's extra states (FP8 histories, pickled) are left
         out: they are found again within a few steps.
     """
-    metadata = _metadata(groups)
+    metadata = {**_metadata(groups), "packed_experts": packed_experts}
     state: dict[str, Any] = {}
     num_left_out = 0
     for index, model in enumerate(models):

@@ -276,6 +276,10 @@ class StageConfig:
     """Packed rows of one optimizer step over all data-parallel ranks."""
     frozen: tuple[str, ...] = ()
     """Modules that do not learn (see ``MODULES``)."""
+    experts: Literal["plain", "packed"] = "plain"
+    """``packed`` keeps the experts, which must be frozen, in MXFP4 (17 bytes for 32 weights) and decodes them where they
+    are used. It starts from a checkpoint made with ``medgpt convert hf-to-megatron --keep-packed`` or of another such
+    stage; a ``plain`` stage unpacks what it starts from."""
     parallel: ParallelConfig | None = None
     """Layout of this stage; the run's layout when not given."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -301,6 +305,11 @@ class StageConfig:
         for module in self.frozen:
             _require(module in MODULES, f"{at}.frozen names {module!r}; allowed: {', '.join(MODULES)}")
         _require(set(self.frozen) != set(MODULES), f"{at}.frozen names every module; nothing would learn")
+        _require(self.experts in ("plain", "packed"), f"{at}.experts={self.experts!r}; allowed: plain, packed")
+        _require(
+            self.experts == "plain" or "experts" in self.frozen,
+            f"{at}.experts=packed: packed experts do not learn; add experts to {at}.frozen, or set it to plain",
+        )
         _require(
             self.exit.metric is None or self.validation_interval > 0,
             f"{at}.exit.metric={self.exit.metric} needs {at}.validation_interval > 0",
@@ -370,6 +379,13 @@ class RunConfig:
                 f"stages.{stage.name}.sequence_length={stage.sequence_length} cannot hold one image of "
                 f"{self.model.tokens_per_image} tokens",
             )
+            for name in ("hidden_size", "expert_hidden_size"):
+                size = getattr(self.model.language, name)
+                _require(
+                    stage.experts == "plain" or size % 32 == 0,
+                    f"stages.{stage.name}.experts=packed: MXFP4 shares a scale among 32 values, and "
+                    f"model.language.{name}={size} does not divide by 32; set it to plain",
+                )
 
     def layout_of(self, stage: StageConfig) -> ParallelConfig:
         """Degrees of the mesh of one stage."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_medgpt.checkpoint.load import load_checkpoint, read_facts, resolve_checkpoint
+from megatron_medgpt.checkpoint.load import holds_packed_experts, load_checkpoint, read_facts, resolve_checkpoint
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.errors import UsageError
@@ -115,8 +115,10 @@ def load_model(
     layout = make_layout(parallel or ParallelConfig(), model, world.size)
     groups = build_groups(layout)
     dtype = torch.bfloat16 if world.platform.is_cuda else torch.float32
-    chunks = build_model(model, layout=layout, groups=groups, dtype=dtype)
-    loaded, _ = load_checkpoint(checkpoint, model_state(chunks, groups), weights_only=True)
+    packed = holds_packed_experts(checkpoint)
+    frozen = ("experts",) if packed else ()  # nothing learns here; packed experts insist
+    chunks = build_model(model, layout=layout, groups=groups, dtype=dtype, frozen=frozen, packed_experts=packed)
+    loaded, _ = load_checkpoint(checkpoint, model_state(chunks, groups), verify_content=False, weights_only=True)
     load_weights(chunks, loaded)
     log.info("loaded %s into %s", checkpoint.name, layout.describe())
     return chunks, groups

@@ -15,6 +15,7 @@ from megatron_medgpt.config.schema import KernelConfig, ModelConfig
 from megatron_medgpt.model.freeze import freeze, module_of
 from megatron_medgpt.model.language import engine_config
 from megatron_medgpt.model.medgpt import MedGPT
+from megatron_medgpt.model.packed_experts import PackedExperts
 from megatron_medgpt.parallel.plan import Layout
 
 ZERO = re.compile(r"(bias|sinks)$")
@@ -25,7 +26,7 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 def build_model(
     model: ModelConfig, *, layout: Layout, groups: Any, dtype: torch.dtype = torch.float32,
     kernels: KernelConfig | None = None, recompute: str = "none", router_balance_coefficient: float = 0.0,
-    router_z_coefficient: float = 0.0, frozen: Sequence[str] = (), seed: int = 1234,
+    router_z_coefficient: float = 0.0, frozen: Sequence[str] = (), packed_experts: bool = False, seed: int = 1234,
 ) -> list[MedGPT]:  # fmt: skip
     """The chunks of this pipeline rank, in virtual order, with random weights.
 
@@ -36,10 +37,13 @@ def build_model(
         dtype: of the parameters; float64 is for tests.
         recompute: ``none`` or ``layer``.
         frozen: modules that get no gradients (``config.schema.MODULES``).
+        packed_experts: keep the experts, which must be frozen, in MXFP4 (``model.packed_experts``).
 
     Raises:
         UsageError: when the vocabulary cannot be split, or a kernel cannot serve this machine.
     """
+    if packed_experts and "experts" not in frozen:
+        raise UsageError("packed experts do not learn; freeze them (frozen: [experts, ...]) or do not pack them")
     if model.language.vocab_size % layout.tensor:
         raise UsageError(
             f"model.language.vocab_size={model.language.vocab_size} is not a multiple of "
@@ -49,6 +53,7 @@ def build_model(
     config = engine_config(
         model.language, layout=layout, dtype=dtype, kernels=kernels, recompute=recompute,
         router_balance_coefficient=router_balance_coefficient, router_z_coefficient=router_z_coefficient,
+        packed_experts=packed_experts,
     )  # fmt: skip
     chunks = []
     for chunk in layout.chunks_of(groups.pp.rank()):
@@ -79,8 +84,16 @@ def initialise(part: MedGPT, *, seed: int, std: float, groups: Any) -> None:
         else:
             whole_name = _LAYER.sub(lambda found: str(int(found[0]) + part.first_layer), name)
             key = f"{seed}/{whole_name}/{_slice_of(parameter, groups)}"
-            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(key.encode()))
-            parameter.normal_(0, std, generator=generator)
+            parameter.normal_(0, std, generator=_generator(key, parameter.device))
+    for name, module in part.named_modules():
+        if isinstance(module, PackedExperts):
+            whole_name = _LAYER.sub(lambda found: str(int(found[0]) + part.first_layer), name)
+            key = f"{seed}/{whole_name}/expert {groups.ep.rank()} of {groups.ep.size()}"
+            module.draw(std, lambda stack, key=key: _generator(f"{key}/{stack}", part.inverse_frequencies.device))
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(zlib.crc32(key.encode()))
 
 
 def _slice_of(parameter: nn.Parameter, groups: Any) -> str:

@@ -6,7 +6,7 @@ checkpoint without a move. The tensor degree of experts is 1: every rank of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from medgpt_kernels.grouped_mlp import op, reference, routed, routed_reference
-from medgpt_kernels.mx.op import fake_quantise_mxfp4
+from medgpt_kernels.grouped_mlp.packed import PackedStack
+from medgpt_kernels.mx.op import check_scales, fake_quantise_mxfp4
 from medgpt_kernels.mx.reference import MX_BLOCK
 from medgpt_kernels.route import op as route
 from torch import Tensor, nn
 
+from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.model.attention import RowInfo, mark_slice
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 from megatron_medgpt.types import MODALITIES
@@ -154,16 +156,52 @@ class GroupedExperts(MegatronModule):
         return self._mlp(rows_MH, tokens_per_expert, weights_M, *weights, limit=self.config.swiglu_limit), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Split over the expert group on the axis of experts, replicated over the expert data group."""
-        prepended = len(sharded_offsets)
-        offset = (prepended, self.ep_group.rank(), self.ep_group.size())
-        replica = (0, 0, self.expert_data_group.rank())
-        return {
-            prefix + name: ShardedTensor.from_rank_offsets(
-                prefix + name, parameter, *sharded_offsets, offset, replica_id=replica, prepend_axis_num=prepended
-            )
-            for name, parameter in self.state_dict(prefix="", keep_vars=True).items()
-        }
+        """Split over the expert group on the axis of experts, replicated over the expert data group.
+
+        With ``metadata["packed_experts"]``, places for the tensors of a checkpoint whose experts are MXFP4
+        (``PackedExperts``); ``load_state_dict`` unpacks them.
+        """
+        tensors = self.state_dict(prefix="", keep_vars=True)
+        if (metadata or {}).get("packed_experts"):
+            for name in ("gate_up", "down"):
+                E, K, N = tensors.pop(name).shape
+                made = {"dtype": torch.uint8, "device": self.down.device}
+                tensors[f"{name}_blocks"] = torch.empty((E, N, K // MX_BLOCK, MX_BLOCK // 2), **made)
+                tensors[f"{name}_scales"] = torch.empty((E, N, K // MX_BLOCK), **made)
+        return split_over_experts(tensors, prefix, sharded_offsets, self.ep_group, self.expert_data_group)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Takes packed experts too, and unpacks them matrix by matrix. Exact in bf16, fp32 and fp64."""
+        for name in ("gate_up", "down"):
+            if f"{prefix}{name}_blocks" not in state_dict:
+                continue
+            packed = [state_dict.pop(f"{prefix}{name}_{leaf}") for leaf in ("blocks", "scales")]
+            weight_EKN = getattr(self, name)
+            try:
+                check_scales(packed[1])
+            except ValueError as error:
+                raise UsageError(f"{prefix}{name}: {error}") from error
+            stack = PackedStack(*packed, weight_EKN.dtype)
+            for expert in range(self.num_local_experts):
+                weight_EKN[expert].copy_(stack[expert])
+            state_dict[prefix + name] = weight_EKN.detach()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def split_over_experts(
+    tensors: Mapping[str, Tensor], prefix: str, sharded_offsets: tuple, ep_group: Any, expert_data_group: Any
+) -> dict:
+    """Sharded tensors whose first axis is the experts of a rank."""
+    prepended = len(sharded_offsets)
+    offset = (prepended, ep_group.rank(), ep_group.size())
+    replica = (0, 0, expert_data_group.rank())
+    return {
+        prefix + name: ShardedTensor.from_rank_offsets(
+            prefix + name, tensor, *sharded_offsets, offset, replica_id=replica, prepend_axis_num=prepended
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]:
@@ -187,19 +225,28 @@ def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]
 def _counted(
     product: Callable[..., Tensor], rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float
 ):
-    counts = tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
-    return product(rows_MH, counts, *weights, limit=limit) * weights_M[:, None]
+    return product(rows_MH, host_counts(tokens_per_expert), *weights, limit=limit) * weights_M[:, None]
+
+
+def host_counts(tokens_per_expert: Tensor | Sequence[int]) -> list[int]:
+    """Rows of each expert as numbers of the host."""
+    return tokens_per_expert.tolist() if torch.is_tensor(tokens_per_expert) else list(tokens_per_expert)
+
+
+def experts_of_rows(tokens_per_expert: Tensor | Sequence[int]) -> Tensor:
+    """(M, 1): the expert of each row, where rows are sorted by expert. On the CPU."""
+    counts_E = torch.as_tensor(tokens_per_expert).long()
+    return torch.repeat_interleave(torch.arange(counts_E.numel()), counts_E)[:, None]
 
 
 def _routed(rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float, precision: str) -> Tensor:
     """The fused layer, for rows that are sorted by expert: a token of its own each. Plain PyTorch on a CPU."""
-    counts_E = torch.as_tensor(tokens_per_expert)
     if not rows_MH.is_cuda:
-        experts_M1 = torch.repeat_interleave(torch.arange(counts_E.numel()), counts_E.long())[:, None]
+        experts_M1 = experts_of_rows(tokens_per_expert)
         return routed_reference.routed_mlp(
             rows_MH, weights_M[:, None], experts_M1, *weights, limit=limit, fp8=precision == "fp8"
         )
-    counts_E = counts_E.to(rows_MH.device, non_blocking=True)
+    counts_E = torch.as_tensor(tokens_per_expert).to(rows_MH.device, non_blocking=True)
     index = route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
     return routed.routed_mlp(
         rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, *weights, limit=limit,

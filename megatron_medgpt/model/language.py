@@ -32,6 +32,7 @@ class EngineConfig(TransformerConfig):
     swiglu_limit: float = 7.0
     experts_kernel: str = "auto"
     dispatch_payload: str = "bf16"
+    packed_experts: bool = False
     recompute_layers: bool = False
     router_balance_coefficient: float = 0.0
     router_z_coefficient: float = 0.0
@@ -39,7 +40,7 @@ class EngineConfig(TransformerConfig):
 
 def engine_config(
     language: LanguageConfig, *, layout: Layout, dtype: torch.dtype, kernels: KernelConfig, recompute: str = "none",
-    router_balance_coefficient: float = 0.0, router_z_coefficient: float = 0.0,
+    router_balance_coefficient: float = 0.0, router_z_coefficient: float = 0.0, packed_experts: bool = False,
 ) -> EngineConfig:  # fmt: skip
     """Configuration of the engine for a shape in a layout. Fusions of the engine are off: each needs
     TransformerEngine or apex, or computes another function (reference: 0.16.1 fused_bias_geglu.py:424)."""
@@ -65,7 +66,7 @@ def engine_config(
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=False,
         perform_initialization=False, calculate_per_token_loss=True,
         sliding_window=language.sliding_window, swiglu_limit=language.swiglu_limit, experts_kernel=kernels.experts,
-        dispatch_payload=kernels.dispatch,
+        dispatch_payload=kernels.dispatch, packed_experts=packed_experts,
         recompute_layers=recompute == "layer", router_balance_coefficient=router_balance_coefficient,
         router_z_coefficient=router_z_coefficient,
     )  # fmt: skip
@@ -85,7 +86,7 @@ def build_language(config: EngineConfig, language: LanguageConfig, *, layout: La
     """
     language = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(layout.layers_per_chunk[chunk]),
+        transformer_layer_spec=block_spec(layout.layers_per_chunk[chunk], packed_experts=config.packed_experts),
         vocab_size=language.vocab_size,
         max_sequence_length=language.max_length,
         pre_process=chunk == 0,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_medgpt.model.attention import RowInfo, SinkAttention
 from megatron_medgpt.model.dispatch import Fp8Dispatcher
 from megatron_medgpt.model.experts import GroupedExperts, Router
+from megatron_medgpt.model.packed_experts import PackedExperts
 from megatron_medgpt.parallel.platform import current_device, engine_version, prepare_engine
 
 prepare_engine()
@@ -70,8 +71,12 @@ class Layer(TransformerLayer):
         return super().forward(hidden_states, attention_mask=rows, **kwargs)
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """Submodules of a transformer block of GPT-oss layers: ``num_layers`` of them, those of one pipeline chunk."""
+def block_spec(num_layers: int, *, packed_experts: bool = False) -> TransformerBlockSubmodules:
+    """Submodules of a transformer block of GPT-oss layers: ``num_layers`` of them, those of one pipeline chunk.
+
+    Args:
+        packed_experts: the experts do not learn and stay in MXFP4.
+    """
     layer = ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
@@ -86,19 +91,19 @@ def block_spec(num_layers: int) -> TransformerBlockSubmodules:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_moe_slot(),
+            mlp=_moe_slot(PackedExperts if packed_experts else GroupedExperts),
             mlp_bda=get_bias_dropout_add,
         ),
     )  # fmt: skip
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _moe_slot() -> Any:
+def _moe_slot(experts: type) -> Any:
     """megatron-core's MoE layer with our router and experts.
 
     0.16 passes the process groups only to a ModuleSpec of exactly ``MoELayer``; from 0.17 the slot is a callable.
     """
-    submodules = MoESubmodules(experts=GroupedExperts, shared_experts=None, router=Router)
+    submodules = MoESubmodules(experts=experts, shared_experts=None, router=Router)
     if engine_version() >= (0, 17):
         return functools.partial(MoELayer, submodules=submodules)
     return ModuleSpec(module=MoELayer, submodules=submodules)

@@ -92,6 +92,14 @@ def rank_parameters(config: ModelConfig, layout: Layout, *, pipeline_rank: int) 
     )
 
 
+def rank_expert_matrices(config: ModelConfig, layout: Layout, *, pipeline_rank: int) -> int:
+    """Weights of a rank's experts without their biases: what MXFP4 packs."""
+    language = config.language
+    num_layers = sum(len(layout.layers_of_chunk(c)) for c in layout.chunks_of(pipeline_rank))
+    each = 3 * language.hidden_size * language.expert_hidden_size
+    return num_layers * (language.num_experts // layout.expert) * each
+
+
 def _attention_parameters(c: LanguageConfig, tp: int) -> int:
     qkv = (c.num_attention_heads + 2 * c.num_query_groups) * c.head_dim // tp
     out = c.num_attention_heads * c.head_dim // tp
@@ -137,7 +145,7 @@ def rank_memory(
         target_share: positions that are targets of the loss; only they go through the head.
         images_per_row: mean over the packed rows.
         routed_share: rows that the busiest rank's experts receive, over the mean.
-        mxfp4_frozen: frozen experts stay packed as MXFP4 (and one layer of them is unpacked at a time).
+        mxfp4_frozen: count frozen experts as packed, as a stage with ``experts: packed`` keeps them.
     """
     held = rank_parameters(config, layout, pipeline_rank=pipeline_rank)
     trained = held.trained(stage.frozen)
@@ -145,8 +153,9 @@ def rank_memory(
         (trained.total - trained.experts) / layout.data + trained.experts / layout.expert_data
     )
     b = WEIGHT_BYTES[precision]
-    packed = mxfp4_frozen and "experts" in stage.frozen
-    weights = (held.total - held.experts) * b + held.experts * (MXFP4_BYTES if packed else b)
+    packed = (mxfp4_frozen or stage.experts == "packed") and "experts" in stage.frozen
+    matrices = rank_expert_matrices(config, layout, pipeline_rank=pipeline_rank) if packed else 0
+    weights = (held.total - matrices) * b + matrices * MXFP4_BYTES
     tokens = stage.sequence_length * stage.micro_batch_rows
     batch = MicroBatch(
         tokens=tokens, targets=round(tokens * target_share), images=images_per_row * stage.micro_batch_rows,
@@ -156,8 +165,8 @@ def rank_memory(
         config, layout, stage, batch, bytes_per_value=b, recompute=recompute, pipeline_rank=pipeline_rank,
         routed_share=routed_share, attention=attention,
     )  # fmt: skip
-    if packed:
-        workspace += config.language.num_experts // layout.expert * _expert_parameters(config.language) * b
+    if packed:  # one matrix of one expert is unpacked at a time
+        workspace += 2 * config.language.hidden_size * config.language.expert_hidden_size * b
     return RankMemory(
         weights=int(weights), gradients=trained.total * GRADIENT_BYTES, optimizer=int(optimizer),
         activations=activations, workspace=workspace,

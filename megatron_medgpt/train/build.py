@@ -164,7 +164,7 @@ def assemble(config: RunConfig, index: int, world: World) -> Parts:
     models = build_model(
         config.model, layout=layout, groups=groups, dtype=dtype, kernels=config.kernels, recompute=config.recompute,
         router_balance_coefficient=stage.router_balance_coefficient, router_z_coefficient=stage.router_z_coefficient,
-        frozen=stage.frozen, seed=config.seed,
+        frozen=stage.frozen, packed_experts=stage.experts == "packed", seed=config.seed,
     )  # fmt: skip
     chunks = _wrap(models, config, groups)
     optimizer = build_optimizer(chunks, stage, dtype=dtype)

@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, load_rank_state, read_facts
+from megatron_medgpt.checkpoint.load import (
+    find_latest,
+    holds_packed_experts,
+    load_checkpoint,
+    load_rank_state,
+    read_facts,
+)
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.state import full_state, load_optimizer, load_weights, model_state, restore_rank_state
 from megatron_medgpt.config.errors import UsageError
@@ -110,8 +116,16 @@ def _load(config: RunConfig, parts: Parts, newest: Path | None, facts: Checkpoin
     source = newest if newest is not None else config.checkpoint.start_from
     if source is None:
         return
-    state = model_state(parts.models, parts.groups)
-    loaded, _ = load_checkpoint(source, state, weights_only=True)
+    packed, wanted = holds_packed_experts(source), parts.stage.experts == "packed"
+    if wanted and not packed:
+        raise UsageError(
+            f"stages.{parts.stage.name}.experts=packed, but {source} holds plain experts, and packing them would change "
+            "them; start from a checkpoint of medgpt convert hf-to-megatron --keep-packed, or set it to plain"
+        )
+    if packed and not wanted:
+        log.info("stage %s unpacks the MXFP4 experts of %s", parts.stage.name, Path(source).name)
+    state = model_state(parts.models, parts.groups, packed_experts=packed)
+    loaded, _ = load_checkpoint(source, state, verify_content=False, weights_only=True)
     load_weights(parts.models, loaded, parts.optimizer)
     log.info("stage %s starts from the weights of %s", parts.stage.name, Path(source).name)
 

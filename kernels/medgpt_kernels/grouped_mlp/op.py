@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
+from medgpt_kernels.grouped_mlp.packed import runs
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -20,7 +21,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows_MI, weight_EIO)
         ctx.counts = counts
         out_MO = rows_MI.new_empty((rows_MI.shape[0], weight_EIO.shape[2]))
-        for expert, first, end in _runs(counts):
+        for expert, first, end in runs(counts):
             torch.addmm(bias_EO[expert], rows_MI[first:end], weight_EIO[expert], out=out_MO[first:end])
         return out_MO
 
@@ -32,7 +33,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = torch.empty_like(rows_MI) if for_rows else None
         grad_weight = torch.zeros_like(weight_EIO) if for_weight else None  # experts without rows have zero gradient
         grad_bias = grad_MO.new_zeros((weight_EIO.shape[0], weight_EIO.shape[2])) if for_bias else None
-        for expert, first, end in _runs(ctx.counts):
+        for expert, first, end in runs(ctx.counts):
             grad = grad_MO[first:end]
             if for_rows:
                 torch.mm(grad, weight_EIO[expert].t(), out=grad_rows[first:end])
@@ -41,14 +42,6 @@ class _GroupedLinear(torch.autograd.Function):
             if for_bias:
                 torch.sum(grad, 0, out=grad_bias[expert])
         return grad_rows, grad_weight, grad_bias, None
-
-
-def _runs(counts: Sequence[int]):
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, first, first + count
-        first += count
 
 
 def grouped_linear(rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequence[int]) -> Tensor:

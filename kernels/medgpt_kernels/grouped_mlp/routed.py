@@ -10,6 +10,7 @@ backward    dz, weight * a, d weight                          one launch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,23 +67,38 @@ def to_fp8(w_EKN: Tensor, *, implementation: str = "auto") -> Weights:
     return Weights("fp8", codes.transpose(1, 2).contiguous(), codes, scales, tuple(w_EKN.shape[1:]))
 
 
-def packed_to_fp8(blocks: Tensor, scales: Tensor, *, implementation: str = "auto") -> Weights:
+def packed_to_fp8(
+    blocks: Tensor, scales: Tensor, *, known_to_fit: bool = False, implementation: str = "auto"
+) -> Weights:
     """The same numbers as MXFP4 weights, in E4M3.
+
+    Args:
+        known_to_fit: the tiles were checked before (weights that do not change), so that nothing waits for the device.
 
     Raises:
         ValueError: the exponents of some 128x128 tiles spread too far to be exact; their number is given.
     """
     codes, tile_scales, fits = mx.mxfp4_to_e4m3(blocks, scales, implementation=implementation)
+    if not known_to_fit:
+        check_fits(fits)
+    codes = codes.view(torch.uint8)
+    _, N, groups = scales.shape
+    flipped = tile_scales.transpose(1, 2).contiguous()
+    return Weights("fp8", codes, codes.transpose(1, 2).contiguous(), flipped, (groups * 32, N))
+
+
+def check_fits(fits: Tensor) -> None:
+    """Refuse MXFP4 weights that E4M3 does not hold exactly. Reads the tensor on the host.
+
+    Args:
+        fits: of each tile, from ``mx.mxfp4_to_e4m3``.
+    """
     bad = int((~fits).sum())
     check(
         bad == 0,
         f"blocks: {bad} of {fits.numel()} tiles have exponents that spread over more than 14 and are not exact in "
         "E4M3; use kind mxfp4, which decodes to bf16",
     )
-    codes = codes.view(torch.uint8)
-    _, N, groups = scales.shape
-    flipped = tile_scales.transpose(1, 2).contiguous()
-    return Weights("fp8", codes, codes.transpose(1, 2).contiguous(), flipped, (groups * 32, N))
 
 
 def packed(blocks: Tensor, scales: Tensor) -> Weights:
@@ -182,7 +198,9 @@ def weight_grads(
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights_TK, gate_up, b1, down, b2, index, w1, w2, limit):
-        out, z = _forward(x_TH, weights_TK, index, w1, b1, w2, b2, limit)
+        made = _made(w1), _made(w2)
+        _check_call(x_TH, weights_TK, index, made[0], b1, made[1], b2)
+        out, z = _forward(x_TH, weights_TK, index, made[0], b1, made[1], b2, limit)
         ctx.save_for_backward(x_TH, weights_TK, b1, b2, z)
         ctx.index, ctx.w1, ctx.w2, ctx.limit = index, w1, w2, limit
         return out
@@ -190,7 +208,7 @@ class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH):
         x_TH, weights_TK, b1, b2, z = ctx.saved_tensors
-        index, w1, w2 = ctx.index, ctx.w1, ctx.w2
+        index, w1, w2 = ctx.index, _made(ctx.w1), _made(ctx.w2)
         grad_TH = grad_TH.contiguous()
         dx, d_weights, dz, weighted_a = _input_grads(x_TH, weights_TK, index, w1, w2, b2, ctx.limit, z, grad_TH)
         if not any(ctx.needs_input_grad[2:6]):
@@ -260,26 +278,32 @@ def routed_mlp(
             fp8=precision == "fp8",
         )  # fmt: skip
     w1, w2 = (plain(gate_up_EHG), plain(down_EFH)) if precision == "bf16" else (to_fp8(gate_up_EHG), to_fp8(down_EFH))
-    _check_call(x_TH, weights_TK, index, w1, gate_up_bias_EG, w2, down_bias_EH)
     return _RoutedMLP.apply(
         x_TH, weights_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, index, w1, w2, limit
     )
 
 
 def routed_mlp_frozen(
-    x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up: Weights, gate_up_bias_EG: Tensor, down: Weights,
-    down_bias_EH: Tensor, *, limit: float,
+    x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up: Weights | Callable[[], Weights],
+    gate_up_bias_EG: Tensor, down: Weights | Callable[[], Weights], down_bias_EH: Tensor, *, limit: float,
 ) -> Tensor:  # fmt: skip
     """As ``routed_mlp`` with experts that do not learn, in any format (``packed``, ``packed_to_fp8``, ``to_fp8``).
 
     Gradients flow to the tokens and the router weights.
+
+    Args:
+        gate_up, down: weights, or functions that make them: called in the forward pass and again in the backward pass,
+            so that what they make (a layer of MXFP4 in E4M3) is not kept in between.
     """
     for name, bias in (("gate_up_bias_EG", gate_up_bias_EG), ("down_bias_EH", down_bias_EH)):
         check(not bias.requires_grad, f"{name} requires a gradient; experts of this call do not learn")
     choose("grouped_mlp.frozen", "triton", _serves(x_TH))
-    _check_call(x_TH, weights_TK, index, gate_up, gate_up_bias_EG, down, down_bias_EH)
     b1, b2 = gate_up_bias_EG, down_bias_EH
-    return _RoutedMLP.apply(x_TH, weights_TK, gate_up.forward, b1, down.forward, b2, index, gate_up, down, limit)
+    return _RoutedMLP.apply(x_TH, weights_TK, None, b1, None, b2, index, gate_up, down, limit)
+
+
+def _made(weights: Weights | Callable[[], Weights]) -> Weights:
+    return weights if isinstance(weights, Weights) else weights()
 
 
 def _serves(x: Tensor) -> dict:

@@ -2,7 +2,8 @@
 
 Without FP8 it is ``reference.grouped_mlp`` between a gather and a weighted sum. With it, operands are rounded where the
 fused kernels round them: tokens, activations and gradients to E4M3 with a power of two per 128 of a row, weights with
-one per 128x128 tile; weight gradients use the unrounded operands.
+one per 128x128 tile; weight gradients use the unrounded operands. Experts that do not learn may be packed: one matrix
+of one expert is decoded at a time, for the forward product and again for the backward one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.reference import ALPHA
+from medgpt_kernels.grouped_mlp.packed import PackedStack
 from medgpt_kernels.mx import reference as mx
 
 
@@ -39,10 +41,12 @@ def _halves(z_MG: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias, numbers):
-        ctx.save_for_backward(x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias)
+        ctx.packed = (gate_up, down) if isinstance(gate_up, PackedStack) else None
+        matrices = () if ctx.packed else (gate_up, down)
+        ctx.save_for_backward(x_TH, weights_TK, experts_TK, gate_up_bias, down_bias, *matrices)
         ctx.numbers = numbers
         out_TH = torch.zeros_like(x_TH)
-        for expert in range(gate_up.shape[0]):
+        for expert in range(gate_up_bias.shape[0]):
             token, slot = (experts_TK == expert).nonzero(as_tuple=True)
             if not len(token):
                 continue
@@ -55,11 +59,13 @@ class _RoutedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TH):
-        x_TH, weights_TK, experts_TK, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
+        x_TH, weights_TK, experts_TK, gate_up_bias, down_bias, *matrices = ctx.saved_tensors
+        gate_up, down = ctx.packed or matrices
         numbers, limit = ctx.numbers, ctx.numbers.limit
-        grads = [torch.zeros_like(t) for t in (x_TH, weights_TK, gate_up, gate_up_bias, down, down_bias)]
-        d_x, d_weights, d_gate_up, d_gate_up_bias, d_down, d_down_bias = grads
-        for expert in range(gate_up.shape[0]):
+        d_x, d_weights = torch.zeros_like(x_TH), torch.zeros_like(weights_TK)
+        d_experts = [None if ctx.packed else torch.zeros_like(t) for t in (gate_up, gate_up_bias, down, down_bias)]
+        d_gate_up, d_gate_up_bias, d_down, d_down_bias = d_experts
+        for expert in range(gate_up_bias.shape[0]):
             token, slot = (experts_TK == expert).nonzero(as_tuple=True)
             if not len(token):
                 continue
@@ -76,22 +82,24 @@ class _RoutedMLP(torch.autograd.Function):
             d_z = torch.empty_like(z)
             d_z[:, 0::2] = d_a * (up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid)) * (z[:, 0::2] <= limit)
             d_z[:, 1::2] = d_a * swish * (z[:, 1::2].abs() <= limit)
-            d_down[expert] = (a * weight).t() @ grad
-            d_down_bias[expert] = (grad * weight).sum(0)
-            d_gate_up[expert] = x.t() @ d_z
-            d_gate_up_bias[expert] = d_z.sum(0)
+            if not ctx.packed:
+                d_down[expert] = (a * weight).t() @ grad
+                d_down_bias[expert] = (grad * weight).sum(0)
+                d_gate_up[expert] = x.t() @ d_z
+                d_gate_up_bias[expert] = d_z.sum(0)
             d_x.index_add_(0, token, numbers.rows(d_z) @ w1.t())
         return d_x, d_weights, None, d_gate_up, d_gate_up_bias, d_down, d_down_bias, None
 
 
 def routed_mlp(
-    x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_EHG: Tensor, gate_up_bias_EG: Tensor,
-    down_EFH: Tensor, down_bias_EH: Tensor, *, limit: float, fp8: bool = False,
+    x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_EHG: Tensor | PackedStack, gate_up_bias_EG: Tensor,
+    down_EFH: Tensor | PackedStack, down_bias_EH: Tensor, *, limit: float, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, (T, H), in the dtype of ``x_TH``.
 
     Args:
         experts_TK: expert of each (token, slot); -1 for none.
+        gate_up_EHG, down_EFH: tensors, or both ``PackedStack``: then neither they nor the biases get gradients.
     """
     return _RoutedMLP.apply(
         x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, _Numbers(limit, fp8)

@@ -70,6 +70,9 @@ class MedBatch:
     """int32: 0, 1, 2, ... in the order of the row; padding continues with one more document of its own."""
     modality_ids_BS: Tensor
     """int8 index into ``MODALITIES``; -1 on padding. Only metrics read it."""
+    branch_ids_BS: Tensor | None = None
+    """int32 where documents fork, None where none does: 0 on a document's trunk, i > 0 on its branch i, which sees the
+    trunk and itself alone; its positions continue the trunk's."""
     pixels_ICYX: Tensor | None = None
     """float32, resized and normalised with the encoder's mean and standard deviation."""
     image_spans: tuple[ImageSpan, ...] = ()
@@ -88,7 +91,7 @@ class MedBatch:
         tensors = {
             name: value.to(device, non_blocking=True)
             for name in ("token_ids_BS", "label_ids_BS", "position_ids_BS", "document_ids_BS", "modality_ids_BS",
-                         "pixels_ICYX")
+                         "branch_ids_BS", "pixels_ICYX")
             if (value := getattr(self, name)) is not None
         }  # fmt: skip
         return replace(self, **tensors)

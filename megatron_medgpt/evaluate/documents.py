@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Hashable
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import IMAGE_MARK, Tokenizer, Turn
 from megatron_medgpt.evaluate.scorers import prompt
 from megatron_medgpt.evaluate.scorers.official import prefix_continuation
@@ -61,6 +64,15 @@ def encoded_picture(question: Question) -> bytes:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = type(error).__name__
         raise UsageError(f"question {question.question_id}: its image is not a readable picture ({reason})") from error
+
+
+def pixel_reader(source: PixelSource) -> Callable[[list[Hashable]], Tensor]:
+    """Pixels of encoded pictures, whose bytes are their own keys, as ``data.collate`` asks for them."""
+
+    def read(pictures: list[Hashable]) -> Tensor:
+        return source.read(pictures, lambda picture: ("encoded", np.frombuffer(picture, np.uint8)))  # type: ignore[call-overload]
+
+    return read
 
 
 def check_decodes(question: Question, data: bytes) -> None:

@@ -1,14 +1,18 @@
-"""Token losses of a model that is split over ranks: megatron-core's schedule, forward only, in the own layout."""
+"""Token losses and next tokens of a model split over ranks: megatron-core's schedule, forward only, in its layout."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_medgpt.model.cache import KeyValueCache
 from megatron_medgpt.parallel.platform import prepare_engine
 from megatron_medgpt.types import IGNORE_INDEX, MedBatch
 
@@ -60,23 +64,72 @@ class LayoutForward:
         width = sequence_length // self.tensor_size
         return self.tensor_rank * width, (self.tensor_rank + 1) * width
 
+    @property
+    def pipeline_size(self) -> int:
+        return self._groups.pp.size()
+
+    def row_length(self, num_positions: int) -> int:
+        """Positions of a row that can hold ``num_positions``: tensor ranks share it evenly, and on a GPU attention
+        works in blocks and compiles anew for every length."""
+        multiple = math.lcm(self.tensor_size, 128) if self._device.type == "cuda" else self.tensor_size
+        return -(-num_positions // multiple) * multiple
+
     def token_losses(self, batches: Sequence[MedBatch]) -> list[Tensor]:
         """Loss of every token, float32 (B, S) per batch, 0 where there is no target; on every rank of the pipeline."""
         batches = [batch.to(self._device) for batch in batches]
-        training = [chunk.training for chunk in self._chunks]
-        for chunk in self._chunks:
-            chunk.eval()
-        with torch.no_grad():
-            losses = self._run(batches)
-        for chunk, was_training in zip(self._chunks, training):
-            chunk.train(was_training)
-        pipeline = self._groups.pp
-        if pipeline.size() > 1:
-            stacked = torch.stack(losses) if losses else torch.empty(self._stacked_shape(batches), device=self._device)
-            last = dist.get_process_group_ranks(pipeline)[-1]
-            dist.broadcast(stacked, src=last, group=pipeline)
-            losses = list(stacked.unbind())
-        return losses
+        return self._on_all_stages(
+            self._run(batches, lambda model, number: model(batches[number])),
+            (len(batches), *batches[0].token_ids_BS.shape), torch.float32,
+        )  # fmt: skip
+
+    def make_cache(self, lengths: Sequence[int], *, capacity: int) -> KeyValueCache:
+        """A cache for prompts of these lengths, for ``next_tokens``."""
+        return KeyValueCache(lengths, capacity=capacity, device=self._device)
+
+    def next_tokens(self, batches: Sequence[MedBatch], caches: Sequence[KeyValueCache]) -> list[list[int]]:
+        """The likeliest next token of every sequence of each cache; on every rank that holds a part of the model.
+
+        All batches have one shape: prompts that fill the caches, or one row of newest tokens (``newest_tokens``). Their
+        number is a multiple of the pipeline's size.
+        """
+        batches = [batch.to(self._device) for batch in batches]
+        most = max(map(len, caches))
+
+        def step(model: torch.nn.Module, number: int) -> Tensor:
+            out = model(batches[number], want="next", cache=caches[number])
+            return F.pad(out, (0, most - out.shape[0])) if out.dtype == torch.int64 else out
+
+        found = self._on_all_stages(self._run(batches, step), (len(batches), most), torch.int64)
+        for cache in caches:
+            cache.advance()
+        return [tokens.tolist()[: len(cache)] for tokens, cache in zip(found, caches)]
+
+    def newest_tokens(self, tokens: Sequence[int], cache: KeyValueCache, *, length: int) -> MedBatch:
+        """One row of ``length`` positions with the newest token of every sequence of a cache, behind what it holds."""
+        ids, positions = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64)
+        ids[0, : len(tokens)] = torch.tensor(tokens)
+        positions[0, : len(tokens)] = torch.tensor(cache.lengths)
+        return MedBatch(
+            token_ids_BS=ids, label_ids_BS=torch.full_like(ids, IGNORE_INDEX), position_ids_BS=positions,
+            document_ids_BS=torch.arange(length, dtype=torch.int32)[None],
+            modality_ids_BS=torch.full((1, length), -1, dtype=torch.int8), num_tokens=len(tokens),
+        )  # fmt: skip
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Whether it is so on any data-parallel rank."""
+        if self.data_size == 1:
+            return here
+        flag = torch.tensor([float(here)], device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.dp)
+        return bool(flag.item())
+
+    def from_first_rank(self, value: Any) -> Any:
+        """What rank 0 of the world gives, on all ranks."""
+        if dist.get_world_size() == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
 
     def gather_data(self, own: Any) -> list[Any]:
         """What each data-parallel rank gives, in their order, on all of them."""
@@ -86,28 +139,50 @@ class LayoutForward:
         """What each rank that holds a part of this model replica gives (tensor and pipeline ranks), on all of them."""
         return _gathered(own, self._groups.mp)
 
-    def _run(self, batches: Sequence[MedBatch]) -> list[Tensor]:
-        def step(stream: Iterator[MedBatch], model: torch.nn.Module, *_):
-            batch = next(stream)
-            return model(batch), _keep_token_losses
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The chunks in evaluation mode, and afterwards as they were."""
+        training = [chunk for chunk in self._chunks if chunk.training]
+        for chunk in training:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk in training:
+                chunk.train()
 
-        num_wanted = len(batches)
+    def _run(
+        self, batches: Sequence[MedBatch], chunk_forward: Callable[[torch.nn.Module, int], Tensor]
+    ) -> list[Tensor]:  # fmt: skip
+        """What the last chunk gives of every batch; nothing on other pipeline ranks."""
+
+        def step(stream: Iterator[int], model: torch.nn.Module, *_):
+            return chunk_forward(model, next(stream)), _keep_output
+
+        numbers = list(range(len(batches)))
         if len(self._chunks) > 1:  # the interleaved schedule takes multiples of the pipeline's size
-            batches = [*batches, *[batches[-1]] * (-num_wanted % self._groups.pp.size())]
-        streams = [iter(batches) for _ in self._chunks]
-        reports = self._schedule(
-            forward_step_func=step,
-            data_iterator=streams if len(streams) > 1 else streams[0],
-            model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].token_ids_BS.shape[1],
-            micro_batch_size=batches[0].token_ids_BS.shape[0],
-            forward_only=True,
-        )
-        return [report["token_loss_BS"] for report in reports[:num_wanted]]
+            numbers += [numbers[-1]] * (-len(batches) % self.pipeline_size)
+        streams = [iter(numbers) for _ in self._chunks]
+        with self.evaluating():
+            reports = self._schedule(
+                forward_step_func=step,
+                data_iterator=streams if len(streams) > 1 else streams[0],
+                model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+                num_microbatches=len(numbers),
+                seq_length=batches[0].token_ids_BS.shape[1],
+                micro_batch_size=batches[0].token_ids_BS.shape[0],
+                forward_only=True,
+            )
+        return [report["output"] for report in reports[: len(batches)]]
 
-    def _stacked_shape(self, batches: Sequence[MedBatch]) -> tuple[int, int, int]:
-        return (len(batches), *batches[0].token_ids_BS.shape)
+    def _on_all_stages(self, outputs: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        pipeline = self._groups.pp
+        if pipeline.size() == 1:
+            return outputs
+        stacked = torch.stack(outputs) if outputs else torch.empty(shape, dtype=dtype, device=self._device)
+        dist.broadcast(stacked, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+        return list(stacked.unbind())
 
     def mean_loss(self, batches: Sequence[MedBatch]) -> float:
         """Sum of losses over targets / their count, over the batches of all data-parallel ranks."""
@@ -127,7 +202,7 @@ def _gathered(own: Any, group: dist.ProcessGroup) -> list[Any]:
     return gathered
 
 
-def _keep_token_losses(token_loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    kept = token_loss_BS.detach().float()
-    count = torch.ones((), dtype=torch.int, device=token_loss_BS.device)
-    return token_loss_BS.sum(), count, {"token_loss_BS": kept}
+def _keep_output(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """megatron-core's loss function, without a loss."""
+    kept = output.float() if output.is_floating_point() else output
+    return output.new_zeros(()), torch.ones((), dtype=torch.int, device=output.device), {"output": kept}

@@ -1,28 +1,31 @@
 """Option likelihoods of our own model, in the layout in which it lies: no generation, one number per option.
 
-Every rank plans the same batches from the questions alone: whole questions, packed into rows, the options of a
-question sharing the pixels of its picture. Batch ``i`` belongs to data-parallel rank ``i % data``. What comes out does
-not depend on the number of ranks, up to the order of floating-point sums inside the model.
+Every rank plans the same batches from the questions alone: a question is a row, its options branches of one text
+(``branches``), so its picture is encoded and its words are read once. What comes out does not depend on the number of
+ranks, up to the order of floating-point sums inside the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.collate import Placement, RowShape, batch_of_documents, pack_documents
+from megatron_medgpt.data.collate import RowShape
 from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.evaluate.branches import Tree, batch_of_trees, loss_spans, trees_of
 from megatron_medgpt.evaluate.controls import blank_picture
 from megatron_medgpt.evaluate.documents import Scored, check_decodes, encoded_picture, option_documents
+from megatron_medgpt.evaluate.order import by_length
 from megatron_medgpt.evaluate.predictions import Prediction
 from megatron_medgpt.evaluate.scorers import LIKELIHOOD
 from megatron_medgpt.evaluate.tasks.question import Question
-from megatron_medgpt.types import IGNORE_INDEX, ImageSpec, MedBatch
+from megatron_medgpt.types import ImageSpec, MedBatch
 
 
 class Forward(Protocol):
@@ -35,7 +38,10 @@ class Forward(Protocol):
     @property
     def tensor_size(self) -> int: ...
     @property
+    def pipeline_size(self) -> int: ...
+    @property
     def first_stage(self) -> bool: ...
+    def row_length(self, num_positions: int) -> int: ...
     def own_positions(self, sequence_length: int) -> tuple[int, int] | None: ...
     def token_losses(self, batches: Sequence[MedBatch]) -> list[Tensor]: ...
     def gather_data(self, own: Any) -> list[Any]: ...
@@ -44,20 +50,32 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A question ready for packing."""
+    """A question ready for a batch."""
 
     question: Question
-    documents: tuple[Scored, ...]
-    lengths: tuple[int, ...]
-    """Positions of each document, its image counted in full."""
+    trees: tuple[Tree, ...]
+    """Of its options in order; one, unless they are too many for a row."""
+    length: int
+    """Positions of the longest tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What all ranks work on until the next answers: batches of one shape, those of a data-parallel rank together."""
+
+    own: list[list[Prepared]]
+    num_rows: int
+    length: int
 
 
 class LikelihoodEngine:
     """Scores options by mean cross-entropy (nats) over the option's tokens. All ranks call ``answers`` together.
 
     Args:
-        num_rows: rows of a batch, and ``sequence_length`` positions each (a multiple of the tensor degree).
-        batches_per_call: micro-batches per data-parallel rank handed to one schedule; more keep a pipeline fuller.
+        sequence_length: positions of the longest row.
+        num_rows: rows of a batch of that length; shorter rows are more.
+        batches_per_call: micro-batches per data-parallel rank handed to one schedule, which keep a pipeline full; as
+            many as it has stages when not given.
     """
 
     def __init__(
@@ -68,7 +86,7 @@ class LikelihoodEngine:
         image: ImageSpec,
         sequence_length: int,
         num_rows: int = 1,
-        batches_per_call: int = 4,
+        batches_per_call: int | None = None,
         reader: str = "auto",
         description: str = "checkpoint",
         source: PixelSource | None = None,
@@ -79,9 +97,11 @@ class LikelihoodEngine:
                 "tensor ranks"
             )
         self.description = description
+        self.settings: dict[str, Any] = {}
         self.image = image
         self._forward, self._tokenizer = forward, tokenizer
-        self._num_rows, self._batches_per_call = num_rows, batches_per_call
+        self._positions_per_batch = num_rows * sequence_length
+        self._batches_per_call = batches_per_call or forward.pipeline_size
         self._shape = RowShape(
             sequence_length=sequence_length, image_mark_id=tokenizer.image_mark_id, pad_id=tokenizer.pad_id,
             tokens_per_image=image.num_tokens,
@@ -99,93 +119,97 @@ class LikelihoodEngine:
             raise UsageError(f"protocol {protocol} needs written answers; allowed here: {', '.join(LIKELIHOOD)}")
         prepared, refused = self._prepare(questions, protocol)
         yield from refused
-        plan = self._plan(prepared)
-        size, rank = self._forward.data_size, self._forward.data_rank
-        per_round = size * self._batches_per_call
-        for start in range(0, len(plan), per_round):
-            part = plan[start : start + per_round]
-            num_own = -(-len(part) // size)
-            own = [part[i * size + rank] if i * size + rank < len(part) else [] for i in range(num_own)]
-            for predictions in self._forward.gather_data(self._scored(own)):
+        for work in self._plan(prepared):
+            for predictions in self._forward.gather_data(self._scored(work)):
                 yield from predictions
 
     def _prepare(self, questions: Sequence[Question], protocol: str) -> tuple[list[Prepared], list[Prediction]]:
         prepared, refused = [], []
         for question in questions:
             documents = option_documents(question, protocol, self._tokenizer)
-            extra = self.image.num_tokens - 1 if question.image is not None else 0
-            lengths = tuple(ids.size + extra for ids, _ in documents)
-            if not documents or len(pack_rows(lengths, self._shape.sequence_length)) not in range(
-                1, self._num_rows + 1
-            ):
-                refused.append(Prediction(question_id=question.question_id, error=self._too_long(lengths)))
+            trees = documents and trees_of(
+                documents, image_mark_id=self._shape.image_mark_id, tokens_per_image=self._shape.tokens_per_image,
+                longest=self._shape.sequence_length,
+            )  # fmt: skip
+            length = max((tree.length for tree in trees), default=0)
+            if not trees or len(trees) * self._forward.row_length(length) > self._positions_per_batch:
+                refused.append(Prediction(question_id=question.question_id, error=self._too_long(question, documents)))
             else:
-                prepared.append(Prepared(question, tuple(documents), lengths))
+                prepared.append(Prepared(question, tuple(trees), length))
         return prepared, refused
 
-    def _too_long(self, lengths: tuple[int, ...]) -> str:
-        if not lengths:
+    def _too_long(self, question: Question, documents: Sequence[Scored]) -> str:
+        if not documents:
             return "the question has no options"
+        extra = self.image.num_tokens - 1 if question.image is not None else 0
         return (
-            f"its {len(lengths)} options need {sum(lengths)} positions, a batch has {self._num_rows} x "
-            f"{self._shape.sequence_length}"
+            f"its longest option needs {max(ids.size for ids, _ in documents) + extra} positions and it has "
+            f"{len(documents)}; a row has {self._shape.sequence_length}, a batch {self._positions_per_batch}"
         )
 
-    def _plan(self, prepared: Sequence[Prepared]) -> list[list[Prepared]]:
-        """Batches of whole questions in order, each filled until the next question's options no longer fit."""
-        batches: list[list[Prepared]] = []
-        lengths: list[int] = []
-        room = self._num_rows * self._shape.sequence_length
-        for one in prepared:
-            together = [*lengths, *one.lengths]
-            fits = batches and sum(together) <= room
-            if fits and len(pack_rows(together, self._shape.sequence_length)) <= self._num_rows:
-                batches[-1].append(one)
-                lengths = together
-            else:
-                batches.append([one])
-                lengths = list(one.lengths)
-        return batches
+    def _plan(self, prepared: Sequence[Prepared]) -> Iterator[_Round]:
+        """Rounds of whole questions, the longest first; the same on every rank, from the questions alone."""
+        waiting = by_length(prepared, [one.length for one in prepared])
+        lengths = np.array([one.length for one in waiting], np.int64)
+        longest = np.maximum.accumulate(lengths[::-1])[::-1]  # of those from here on; buckets are not sorted inside
+        rows_left = np.cumsum([len(one.trees) for one in waiting][::-1])[::-1]
+        num_batches = self._forward.data_size * self._batches_per_call
+        first = self._forward.data_rank * self._batches_per_call
+        at = 0
+        while at < len(waiting):
+            length = self._forward.row_length(int(longest[at]))
+            evenly = -(-int(rows_left[at]) // num_batches)
+            num_rows = max(min(self._positions_per_batch // length, evenly), len(waiting[at].trees))
+            batches = []
+            for _ in range(num_batches):
+                batches.append(_fitting(waiting, at, num_rows))
+                at += len(batches[-1])
+            yield _Round(batches[first : first + self._batches_per_call], num_rows, length)
 
-    def _scored(self, own: Sequence[Sequence[Prepared]]) -> list[Prediction]:
-        built = [self._build(batch) for batch in own]
+    def _scored(self, work: _Round) -> list[Prediction]:
+        built = [self._build(batch, work) for batch in work.own]
         # A rank sees only the pictures of its own positions, and of the first stage; a broken one counts for all.
-        seen = [errors for _, _, errors in built]
+        seen = [errors for _, errors in built]
         errors = {
             name: why for rank in self._forward.gather_model(seen) for batch in rank for name, why in batch.items()
         }
-        losses = self._forward.token_losses([batch for batch, _, _ in built])
+        losses = self._forward.token_losses([batch for batch, _ in built])
         predictions = []
-        for one_batch, (batch, placements, _), token_loss_BS in zip(own, built, losses):
-            means = _document_means(batch.label_ids_BS, token_loss_BS.cpu(), placements)
-            for one in one_batch:
-                own_means, means = means[: len(one.documents)], means[len(one.documents) :]
+        for questions, token_loss_BS in zip(work.own, losses):
+            rows = iter(token_loss_BS.cpu().double())
+            for one in questions:
+                means = [
+                    float(row_S[start:end].mean())
+                    for tree, row_S in zip(one.trees, rows)
+                    for start, end in loss_spans(tree, self._shape)
+                ]
                 name = one.question.question_id
                 if name in errors:
                     predictions.append(Prediction(question_id=name, error=errors[name]))
                 else:
-                    predictions.append(Prediction(question_id=name, option_losses=tuple(own_means)))
+                    predictions.append(Prediction(question_id=name, option_losses=tuple(means)))
         return predictions
 
-    def _build(self, batch: Sequence[Prepared]) -> tuple[MedBatch, list[Placement], dict[str, str]]:
-        """The batch, where its documents lie, and the questions whose picture cannot be shown (a blank stands in)."""
+    def _build(self, questions: Sequence[Prepared], work: _Round) -> tuple[MedBatch, dict[str, str]]:
+        """The batch, and the questions whose picture cannot be shown (a blank stands in)."""
         errors: dict[str, str] = {}
         try:
-            return *self._collated(batch, errors, whole=False), errors
+            return self._collated(questions, work, errors, whole=False), errors
         except WorkError:
             # One broken picture must not take the batch along: find it by decoding each by itself.
-            return *self._collated(batch, errors, whole=True), errors
+            return self._collated(questions, work, errors, whole=True), errors
 
     def _collated(
-        self, batch: Sequence[Prepared], errors: dict[str, str], *, whole: bool
-    ) -> tuple[MedBatch, list[Placement]]:
-        documents = []
-        for one in batch:
-            images = [] if one.question.image is None else [self._picture(one.question, errors, whole)]
-            documents += [(ids, spans, images) for ids, spans in one.documents]
-        return batch_of_documents(
-            documents, shape=self._shape, source=self._source, num_rows=self._num_rows,
-            keep=self._forward.own_positions(self._shape.sequence_length), with_pixels=self._forward.first_stage,
+        self, questions: Sequence[Prepared], work: _Round, errors: dict[str, str], *, whole: bool
+    ) -> MedBatch:  # fmt: skip
+        rows = []
+        for one in questions:
+            pictures = () if one.question.image is None else (self._picture(one.question, errors, whole),)
+            rows += [(tree, pictures) for tree in one.trees]
+        return batch_of_trees(
+            rows, num_rows=work.num_rows, shape=replace(self._shape, sequence_length=work.length),
+            source=self._source if self._forward.first_stage else None,
+            keep=self._forward.own_positions(work.length),
         )  # fmt: skip
 
     def _picture(self, question: Question, errors: dict[str, str], whole: bool) -> bytes:
@@ -199,16 +223,10 @@ class LikelihoodEngine:
             return self._blank
 
 
-def pack_rows(lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
-    """Rows for these documents, or none when one is longer than a row."""
-    return [] if max(lengths, default=0) > sequence_length else pack_documents(lengths, sequence_length)
-
-
-def _document_means(label_ids_BS: Tensor, token_loss_BS: Tensor, placements: Sequence[Placement]) -> list[float]:
-    """Mean loss over the targets of each document, summed in float64."""
-    means = []
-    for place in placements:
-        targets = label_ids_BS[place.row, place.start : place.end] != IGNORE_INDEX
-        losses = token_loss_BS[place.row, place.start : place.end].double()
-        means.append(float((losses * targets).sum() / targets.sum()))
-    return means
+def _fitting(waiting: Sequence[Prepared], at: int, num_rows: int) -> list[Prepared]:
+    """Questions from place ``at`` on whose trees fit into so many rows."""
+    end = at
+    while end < len(waiting) and len(waiting[end].trees) <= num_rows:
+        num_rows -= len(waiting[end].trees)
+        end += 1
+    return list(waiting[at:end])

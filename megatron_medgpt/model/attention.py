@@ -8,6 +8,7 @@ import torch
 from medgpt_kernels.sink_attention.op import PackedRows, sink_attention
 from torch import Tensor, nn
 
+from megatron_medgpt.model.cache import KeyValueCache
 from megatron_medgpt.model.rope import cosine_sine, rotate
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 
@@ -37,13 +38,18 @@ class RowInfo:
         attention: implementation (``medgpt_kernels.sink_attention.op.IMPLEMENTATIONS``).
         categories_T: int64 category of every token of this tensor rank's slice in the order s * B + b, for the
             routers' counts; the last category is padding.
+        branch_ids_BS: see ``MedBatch``.
+        cache: filled, or continued, by every layer (``model/cache``).
     """
 
     def __init__(
         self, document_ids_BS: Tensor, position_ids_BS: Tensor, *, inverse_frequencies: Tensor, rope_factor: float,
         dtype: torch.dtype, attention: str, categories_T: Tensor, num_targets: int,
+        branch_ids_BS: Tensor | None = None, cache: KeyValueCache | None = None,
     ):  # fmt: skip
-        self.packed = PackedRows(document_ids_BS, attention)
+        branches = None if branch_ids_BS is None else (branch_ids_BS, position_ids_BS)
+        self.packed = PackedRows(document_ids_BS, attention, branches)
+        self.cache = cache
         self.cos_sin = cosine_sine(position_ids_BS, inverse_frequencies, rope_factor, dtype)
         self.categories_T = categories_T
         self.num_targets = num_targets
@@ -66,6 +72,7 @@ class SinkAttention(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         num_heads = config.num_attention_heads // self.tp_group.size()
+        self.layer_number = layer_number
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         # Layers 0, 2, 4, ... are windowed; layer_number counts from 1.
         self.window = config.sliding_window if layer_number % 2 == 1 else None
@@ -79,11 +86,29 @@ class SinkAttention(MegatronModule):
         """(S, B, A / TP, D) queries and (S, B, Q / TP, D) keys and values to (S, B, A / TP * D)."""
         query_BSAD = rotate(query_SBAD.transpose(0, 1), rows.cos_sin)
         key_BSQD = rotate(key_SBQD.transpose(0, 1), rows.cos_sin)
+        cache = rows.cache
+        if cache is not None and cache.filled:
+            return self._continue(cache, query_BSAD, key_BSQD, value_SBQD)
+        key_BQSD, value_BQSD = key_BSQD.transpose(1, 2), value_SBQD.permute(1, 2, 0, 3)
+        if cache is not None:
+            cache.fill(self.layer_number, self.window, key_BQSD, value_BQSD)
         out_BASD = sink_attention(
-            query_BSAD.transpose(1, 2), key_BSQD.transpose(1, 2), value_SBQD.permute(1, 2, 0, 3), self.sinks,
-            rows.packed, window=self.window, scale=self.scale,
+            query_BSAD.transpose(1, 2), key_BQSD, value_BQSD, self.sinks, rows.packed, window=self.window,
+            scale=self.scale,
         )  # fmt: skip
         return out_BASD.permute(2, 0, 1, 3).flatten(2)
+
+    def _continue(self, cache: KeyValueCache, query_BSAD: Tensor, key_BSQD: Tensor, value_SBQD: Tensor) -> Tensor:
+        """One row whose positions are the newest tokens of the cache's sequences, and padding: (S, 1, A / TP * D)."""
+        num, length = len(cache), query_BSAD.shape[1]
+        out_NAD = cache.attend(
+            self.layer_number, self.window, query_BSAD[0, :num], key_BSQD[0, :num], value_SBQD[:num, 0], self.sinks,
+            scale=self.scale,
+        )  # fmt: skip
+        out_NC = out_NAD.flatten(1)
+        if length > num:
+            out_NC = torch.cat([out_NC, out_NC.new_zeros(length - num, out_NC.shape[1])])
+        return out_NC[:, None]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """``sinks`` split over the tensor group on its only axis."""

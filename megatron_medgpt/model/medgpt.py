@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig
 from megatron_medgpt.model.attention import RowInfo
+from megatron_medgpt.model.cache import KeyValueCache
 from megatron_medgpt.model.experts import PADDING_CATEGORY
+from megatron_medgpt.model.greedy import likeliest
 from megatron_medgpt.model.language import EngineConfig, build_language
 from megatron_medgpt.model.loss import cross_entropy
 from megatron_medgpt.model.merge import image_runs, merge_images
@@ -67,13 +69,18 @@ class MedGPT(MegatronModule):
         frequencies = inverse_frequencies(model.language).to(device)
         self.inverse_frequencies = frequencies  # no buffer: a cast of the model must not cast them
 
-    def forward(self, batch: MedBatch, *, want: Literal["loss", "logits"] = "loss") -> Tensor:
+    def forward(
+        self, batch: MedBatch, *, want: Literal["loss", "logits", "next"] = "loss", cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Run this chunk on one micro-batch.
+
+        Args:
+            cache: of the batch's sequences; this forward fills or continues it. ``want="next"`` needs one.
 
         Returns:
             On the last chunk: the loss of every position (B, S), at least float32, 0 without a target; or the logits
-            (S, B, V / TP) of this rank's slice of the vocabulary. On the others: hidden states (S / TP, B, H) for the
-            next.
+            (S, B, V / TP) of this rank's slice of the vocabulary; or the likeliest next token (N,) int64 of the
+            cache's sequences, the same on every tensor rank. On the others: hidden states (S / TP, B, H) for the next.
         """
         first, end = self._own_positions(batch)
         hidden_SBH = self._embed(batch, first, end) if self.pre_process else None
@@ -81,12 +88,16 @@ class MedGPT(MegatronModule):
             batch.document_ids_BS, batch.position_ids_BS, inverse_frequencies=self.inverse_frequencies,
             rope_factor=self.rope_factor, dtype=self.config.params_dtype, attention=self.attention,
             categories_T=token_categories(batch, first, end), num_targets=batch.num_targets,
+            branch_ids_BS=batch.branch_ids_BS, cache=cache,
         )  # fmt: skip
         hidden_SBH = self.language.decoder(hidden_states=hidden_SBH, attention_mask=rows)
         if not self.post_process:
             return hidden_SBH
         if want == "logits":
             return self.language.output_layer(hidden_SBH)[0]
+        if want == "next":
+            assert cache is not None
+            return self._next_tokens(hidden_SBH, cache)
         return self._loss(hidden_SBH, batch)
 
     def _own_positions(self, batch: MedBatch) -> tuple[int, int]:
@@ -101,11 +112,13 @@ class MedGPT(MegatronModule):
         embedding = self.language.embedding.word_embeddings
         hidden = embedding(batch.token_ids_BS)
         text_SBH = hidden if embedding.reduce_scatter_embeddings else hidden.transpose(0, 1).contiguous()
+        runs = image_runs(batch.image_spans, first=first, end=end)
+        if not runs and not torch.is_grad_enabled():
+            return text_SBH
         pixels = batch.pixels_ICYX
         if pixels is None:
             size = self.vision.config.image_size_px
             pixels = torch.empty(0, 3, size, size, device=text_SBH.device)
-        runs = image_runs(batch.image_spans, first=first, end=end)
         # With no images too: a rank without images must still hold a graph for the parameters that others train.
         if self.kernels.projector == "fused":
             return self.projector.into(text_SBH, self.vision(pixels), runs)
@@ -134,6 +147,16 @@ class MedGPT(MegatronModule):
         else:
             loss_N = cross_entropy(F.linear(hidden_NH, weight_VH), labels_N, self.tp_group)
         return loss_N.new_zeros(batch_rows * length).index_add(0, place_N, loss_N).view(batch_rows, length)
+
+    def _next_tokens(self, hidden_SBH: Tensor, cache: KeyValueCache) -> Tensor:
+        if self.tp_group.size() > 1:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=self.tp_group)
+        num = len(cache)
+        if cache.filled:
+            hidden_NH = hidden_SBH[:num, 0]
+        else:
+            hidden_NH = hidden_SBH[cache.last_places_N, torch.arange(num, device=hidden_SBH.device)]
+        return likeliest(F.linear(hidden_NH, self.language.output_layer.weight), self.tp_group)
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
         """Hidden states of the previous chunk; the pipeline schedule calls it before ``forward``."""

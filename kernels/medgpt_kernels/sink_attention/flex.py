@@ -19,7 +19,9 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def block_mask(document_ids_BS: Tensor, window: int | None) -> BlockMask:
+def block_mask(
+    document_ids_BS: Tensor, window: int | None, branches: tuple[Tensor, Tensor] | None = None
+) -> BlockMask:  # fmt: skip
     """The visible keys of ``reference.visible`` as blocks, computed once per micro-batch."""
     batch, length = document_ids_BS.shape
 
@@ -29,7 +31,16 @@ def block_mask(document_ids_BS: Tensor, window: int | None) -> BlockMask:
             near = near & (query - key < window)
         return near & (document_ids_BS[b, query] == document_ids_BS[b, key])
 
-    return create_block_mask(sees, batch, None, length, length, device=document_ids_BS.device)
+    def sees_of_branches(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        branch_BS, position_BS = branches
+        seen = (query >= key) & (document_ids_BS[b, query] == document_ids_BS[b, key])
+        seen = seen & ((branch_BS[b, key] == 0) | (branch_BS[b, key] == branch_BS[b, query]))
+        if window is not None:
+            seen = seen & (position_BS[b, query] - position_BS[b, key] < window)
+        return seen
+
+    rule = sees if branches is None else sees_of_branches
+    return create_block_mask(rule, batch, None, length, length, device=document_ids_BS.device)
 
 
 def sink_attention(

@@ -35,10 +35,14 @@ class PackedRows:
     Args:
         document_ids_BS: equal within a document, different between neighbours; on the device of the queries.
         implementation: one of ``IMPLEMENTATIONS``.
+        branches: (branch ids, position ids), each (B, S), where documents fork (see ``reference.visible``).
     """
 
-    def __init__(self, document_ids_BS: Tensor, implementation: str):
+    def __init__(
+        self, document_ids_BS: Tensor, implementation: str, branches: tuple[Tensor, Tensor] | None = None
+    ):  # fmt: skip
         self.document_ids_BS = document_ids_BS
+        self.branches = branches
         self.implementation = implementation
         self._masks: dict[tuple[int | None, torch.dtype], Any] = {}
 
@@ -53,8 +57,8 @@ class PackedRows:
         if self.implementation == "flex":
             from medgpt_kernels.sink_attention import flex  # importing it costs a second, and CPU runs never need it
 
-            return flex.block_mask(self.document_ids_BS, window)
-        seen = reference.visible(self.document_ids_BS, window)
+            return flex.block_mask(self.document_ids_BS, window, self.branches)
+        seen = reference.visible(self.document_ids_BS, window, self.branches)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
@@ -74,8 +78,9 @@ def sink_attention(
     """
     if rows.implementation == "reference":
         return reference.sink_attention(
-            query_BASD, key_BQSD, value_BQSD, sinks_A, rows.document_ids_BS, window=window, scale=scale
-        )
+            query_BASD, key_BQSD, value_BQSD, sinks_A, rows.document_ids_BS, window=window, scale=scale,
+            branches=rows.branches,
+        )  # fmt: skip
     mask = rows.mask(window, query_BASD.dtype)
     if rows.implementation == "fused_cpu":
         return fused_cpu.sink_attention(query_BASD, key_BQSD, value_BQSD, sinks_A, mask, scale=scale)

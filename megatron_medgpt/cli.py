@@ -6,6 +6,7 @@ Rooms are imported inside the commands: ``medgpt --help`` answers at once.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -87,11 +88,11 @@ def phantoms(
 
 @app.command()
 def ingest(
-    inputs: Annotated[list[Path], typer.Argument(help="Files or folders to read.")],
+    inputs: Annotated[list[str], typer.Argument(help="Tables, tars, folders or URLs to read.")],
     out: Out,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
-    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    image_root: Annotated[str | None, typer.Option(help="Folder or URL that image paths are relative to.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,
     map: Annotated[list[str] | None, typer.Option(help="k=column, e.g. image=Figure_path.")] = None,
     store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
@@ -356,7 +357,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = dict(text.partition("=")[::2] for text in texts)
+    pairs = dict(pair.partition("=")[::2] for text in texts for pair in re.split(r",(?=\w+=)", text))
     for key, value in pairs.items():
         if not key or not value:
             raise UsageError(f"--map {key}={value}: expected k=column, e.g. image=Figure_path")

@@ -24,18 +24,20 @@ from megatron_medgpt.data.manifest import (
     TOKENIZER,
     Manifest,
     Store,
-    sha256_of,
     write_json,
     write_manifest,
 )
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.identity import load_key
 from megatron_medgpt.ingest.sources import Record, Source, open_source
+from megatron_medgpt.ingest.sources.place import Place
 from megatron_medgpt.ingest.write import Finished, Settings, Task, locked, remove_notes, write_shards
 
 CLIP_MEAN_RGB = (122, 116, 104)
 """Padding of pixel stores: CLIP's mean colour (``data.square.pad_rgb``)."""
 _SECONDS_BETWEEN_LINES = 5.0
+_CARRIED_BYTES = 48 << 20
+"""A shard is closed early where the images of archives and parquet, which travel with the records, reach this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def run_ingest(
     """Make a dataset folder of what users have. Run again after a kill, it continues and gives the same bytes.
 
     Args:
-        inputs: tables (JSON, JSONL, CSV, TSV) or folders with one; see ``ingest.sources``.
+        inputs: tables, tars, folders or fsspec URLs; see ``ingest.sources``.
         image_root: folder of the image names; each table's own folder when None.
         mapping: field -> column, where the columns are not found by name.
         store: ``encoded`` keeps JPEG/PNG bytes; ``pixels`` keeps squares of ``pixel_size_px`` padded with
@@ -90,7 +92,7 @@ def run_ingest(
     if store not in STORE_KINDS:
         raise UsageError(f"--store {store}; allowed: {', '.join(STORE_KINDS)}")
     if not inputs:
-        raise UsageError("no input; name a table (json, jsonl, csv, tsv) or a folder with one")
+        raise UsageError("no input; name a table (json, jsonl, csv, tsv, parquet), a tar or a folder")
     out, folder = Path(out), Path(tokenizer)
     _refuse_dataset(out)
     words = Tokenizer.load(folder)
@@ -135,7 +137,7 @@ def _show(sources: Sequence[Source], echo: Callable[[str], None]) -> None:
 def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: Tokenizer, per_shard: int) -> None:
     """Refuse to continue an unfinished ingest that had other inputs or settings."""
     facts = {
-        "inputs": [[source.format, sha256_of(source.path), source.columns] for source in sources],
+        "inputs": [[source.format, source.fingerprint(), source.columns] for source in sources],
         "tokenizer": words.fingerprint, "store": asdict(settings.store), "records_per_shard": per_shard,
         "allow_burned_in": settings.allow_burned_in, "longest_tokens": settings.longest_tokens,
         "key": hashlib.sha256(b"which key" + settings.key).hexdigest(),
@@ -152,7 +154,8 @@ def _tasks(sources: Sequence[Source], per_shard: int) -> Iterator[Task]:
     """Shards of records in the order of the inputs; a record seen before is a reject."""
     seen: set[bytes] = set()
     number = first = 0
-    batch: list[tuple[Record, Path]] = []
+    batch: list[tuple[Record, Place]] = []
+    carried = 0
     for source in sources:
         for record in source.read(first):
             first = record.number + 1
@@ -162,9 +165,10 @@ def _tasks(sources: Sequence[Source], per_shard: int) -> Iterator[Task]:
                     record = Record(record.number, problem="duplicate-id")
                 seen.add(digest)
             batch.append((record, source.image_root))
-            if len(batch) == per_shard:
+            carried += record.num_bytes
+            if len(batch) == per_shard or carried >= _CARRIED_BYTES:
                 yield Task(number=number, records=tuple(r for r, _ in batch), image_roots=tuple(p for _, p in batch))
-                number, batch = number + 1, []
+                number, batch, carried = number + 1, [], 0
     if batch:
         yield Task(number=number, records=tuple(r for r, _ in batch), image_roots=tuple(p for _, p in batch))
 
@@ -212,7 +216,7 @@ def _complete(
         store=settings.store, num_records=num_records, rejects=dict(counts),
         provenance={
             "formats": [source.format for source in sources],
-            "columns": [source.columns for source in sources], "inputs_sha256": [sha256_of(s.path) for s in sources],
+            "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
             "notes": dict(notes),
             "versions": {
                 "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,

@@ -24,14 +24,16 @@ from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import ShardFacts, Store, shard_name, write_json
-from megatron_medgpt.data.picture import Picture, PictureError, read_capped, resolve_inside
+from megatron_medgpt.data.picture import Picture, PictureError
 from megatron_medgpt.data.shards import ShardWriter, pack_pixels
 from megatron_medgpt.data.square import square
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, decode
 from megatron_medgpt.ingest.identity import looks_identifying
 from megatron_medgpt.ingest.sample import make_sample
+from megatron_medgpt.ingest.sources import Image as RecordImage
 from megatron_medgpt.ingest.sources import Record, RecordError
+from megatron_medgpt.ingest.sources.place import Place, read_image
 
 _FORGOTTEN = Picture(b"", 0, 0)
 
@@ -54,7 +56,7 @@ class Task:
 
     number: int
     records: tuple[Record, ...]
-    image_roots: tuple[Path, ...]
+    image_roots: tuple[Place, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def write_shard(settings: Settings, task: Task) -> Finished:
     return finished
 
 
-def _write_record(record: Record, root: Path, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
+def _write_record(record: Record, root: Place, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
     if record.problem:
         raise RecordError(record.problem)
     names = (root, *record.images)
@@ -130,8 +132,8 @@ def _write_record(record: Record, root: Path, settings: Settings, writer: ShardW
     )  # fmt: skip
 
 
-def _read(root: Path, name: str, settings: Settings) -> Decoded:
-    return decode(read_capped(resolve_inside(root, name)), allow_burned_in=settings.allow_burned_in)
+def _read(root: Place, image: RecordImage, settings: Settings) -> Decoded:
+    return decode(read_image(root, image), allow_burned_in=settings.allow_burned_in)
 
 
 def _stored(image: Decoded, store: Store) -> bytes:

@@ -49,8 +49,10 @@ if ! image images --quiet stand-in >/dev/null 2>&1; then
     image run --isolation chroot "${mounts[@]}" "$container" -- python3 -m pip install --quiet --no-cache-dir \
       --break-system-packages nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl \
       "${pip_args[@]}"
+    # shellcheck disable=SC2016 # expanded inside
     image run --isolation chroot "$container" -- bash -c \
-      'ln -s "$(find /usr/local/lib -path "*/bin/nvcc" -type f)" /usr/local/bin/nvcc && nvcc --version | tail -1'
+      'printf "#!/bin/sh\nexec %s \"\$@\"\n" "$(find /usr/local/lib -path "*/bin/nvcc" -type f)" >/usr/local/bin/nvcc
+       chmod +x /usr/local/bin/nvcc && nvcc --version | tail -1' # a link would not find its headers
   fi
   image commit --quiet --rm "$container" stand-in >/dev/null
 fi
@@ -71,6 +73,7 @@ if inside touch /opt/medgpt/megatron_medgpt/types.py 2>/dev/null; then
   exit 1
 fi
 if [[ -n $NVCC ]]; then
+  # shellcheck disable=SC2016 # expanded inside
   inside bash -c 'ls "$(python3 -c "import medgpt_kernels, pathlib; print(pathlib.Path(medgpt_kernels.__file__).parent)")"/*/cuda/built/*.so'
 fi
 inside medgpt doctor

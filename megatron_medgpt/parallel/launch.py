@@ -58,13 +58,28 @@ def world_of_srun(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    if "[" not in nodes:
-        return nodes.split(",")[0]
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return _hosts(nodes)[0]
     except (OSError, subprocess.CalledProcessError) as error:
         raise UsageError(f"srun: the first of the nodes {nodes} is not known ({error}); set MASTER_ADDR") from None
-    return shown.stdout.split()[0]
+
+
+def _hosts(nodes: str) -> list[str]:
+    """Names in Slurm's short form, ``n[1-2],n7``."""
+    if "[" not in nodes:
+        return nodes.split(",")
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return shown.stdout.split()
+
+
+def node_of_rank(rank: int, environment: Mapping[str, str]) -> str:
+    """``node n2`` where Slurm can say it, else ``node 1`` counted from 0; nodes have equally many ranks."""
+    number = rank // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        hosts = _hosts(environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "")))
+    except (OSError, subprocess.CalledProcessError):
+        hosts = []
+    return f"node {hosts[number]}" if number < len(hosts) and hosts[number] else f"node {number}"
 
 
 def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +51,8 @@ def run_plan(
     """
     config, chip = _model(model, vision), accelerator(gpu)
     _check_numbers(gpus=gpus, sequence_length=sequence_length, global_batch_rows=global_batch_rows)
+    _check_ratios(target_share=(target_share, 0, 1), images_per_row=(images_per_row, 0, None), skew=(skew, 1, None))
+    _check_ratios(efficiency=(1.0 if efficiency is None else efficiency, 1e-6, 1))
     for name in frozen:
         if name not in MODULES:
             raise UsageError(f"--frozen names {name!r}; allowed: {', '.join(MODULES)}")
@@ -90,6 +93,14 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def _check_ratios(**ratios: tuple[float, float, float | None]) -> None:
+    """Value, least and most (None: no limit)."""
+    for name, (value, least, most) in ratios.items():
+        if not least <= value <= (math.inf if most is None else most):  # false for NaN too
+            bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+            raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be {bounds}")
 
 
 def recommended_run(plan: Plan) -> RunConfig:

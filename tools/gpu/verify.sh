@@ -11,7 +11,7 @@
 #
 # Exit code: 0 every step passed or had a reason not to run, 1 a step failed, 2 wrong usage or no GPU.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 2
 
 out=${OUT:-gpu-verify} wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again=""
 while [ $# -gt 0 ]; do

@@ -3,7 +3,7 @@
     install.py dependencies         what setup.py names and the base lacks, at the versions of constraints.txt
     install.py package              the package itself, without dependencies
     install.py kernels              CUDA kernels, where there is nvcc and something to build
-    install.py bill-of-materials    every installed distribution, as CycloneDX JSON
+    install.py bill-of-materials    every Python distribution and system package, as CycloneDX JSON
 
 The NGC image pins its own packages through PIP_CONSTRAINT; torch, TransformerEngine, apex, triton and DALI of NVIDIA's
 builds must stay. So what is installed already is left as it is, and pip gets the base's versions as constraints.
@@ -26,6 +26,7 @@ import sysconfig
 import tempfile
 import uuid
 from pathlib import Path
+from urllib.parse import quote
 
 KEPT = ("torch", "torchvision", "triton", "pytorch-triton", "transformer-engine", "transformer_engine", "apex", "numpy",
         "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn")  # fmt: skip
@@ -130,58 +131,80 @@ def externally_managed() -> bool:
     return (Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED").exists()
 
 
-def build_kernels(architectures: list[str]) -> None:
-    sources = sorted(Path("kernels").glob("medgpt_kernels/*/cuda/*.cu"))
-    nvcc = shutil.which("nvcc")
-    if not sources:
-        print("kernels: no CUDA sources; Triton kernels are compiled when first used")
+def build_kernels() -> None:
+    """Compile the CUDA sources of the installed package, where there is nvcc, into the package itself."""
+    from medgpt_kernels import nvcc  # installed by the step before; needs no torch
+
+    compiler = nvcc.find()
+    if compiler is None:
+        print("kernels: no nvcc in this image; CUDA sources are not compiled, Triton serves instead")
         return
-    if nvcc is None:
-        print(f"kernels: no nvcc in this image; {len(sources)} CUDA source(s) not built, references serve instead")
-        return
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    for architecture in architectures:
-        if f"compute_{architecture.rstrip('a')}" not in known:
-            print(f"kernels: this nvcc does not know sm_{architecture}; skipped")
-            continue
-        for source in sources:
-            out = source.with_suffix(f".sm_{architecture}.cubin")
-            subprocess.run([nvcc, "-O3", "-cubin", f"-arch=sm_{architecture}", "-o", str(out), str(source)], check=True)
-            print(f"kernels: {out}")
+    for library in nvcc.build_all():
+        print(f"kernels: {library} for sm_{', sm_'.join(nvcc.architectures(compiler))}")
 
 
 def bill_of_materials() -> dict:
-    """CycloneDX 1.5 of the Python distributions (the base's system packages are listed by its own image)."""
-    found = {d.metadata["Name"]: d for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    """CycloneDX 1.5: every Python distribution and, where dpkg knows them, every system package."""
+    system = _os_release()
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
         "serialNumber": f"urn:uuid:{uuid.uuid4()}",
         "version": 1,
-        "components": [
-            {
-                "type": "library",
-                "name": name,
-                "version": d.version,
-                "purl": f"pkg:pypi/{name.lower()}@{d.version}",
-                "licenses": [
-                    {
-                        "license": {
-                            "name": d.metadata.get("License-Expression") or d.metadata.get("License") or "unknown"
-                        }
-                    }
-                ],
-            }
-            for name, d in sorted(found.items(), key=lambda item: item[0].lower())
-        ],
+        "metadata": {
+            "component": {"type": "container", "name": "medgpt", "version": installed("megatron-medgpt") or "unknown"},
+            "properties": [
+                {"name": "medgpt:system", "value": system.get("PRETTY_NAME", "unknown")},
+                {"name": "medgpt:python", "value": platform.python_version()},
+            ],
+        },
+        "components": [*_distributions(), *_system_packages(system.get("ID", "debian"))],
     }
+
+
+def _distributions() -> list[dict]:
+    found = {d.metadata["Name"]: d for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return [
+        _component(f"pkg:pypi/{quote(name.lower())}@{quote(d.version)}", name, d.version, _licence(d))
+        for name, d in sorted(found.items(), key=lambda item: item[0].lower())
+    ]
+
+
+def _component(purl: str, name: str, version: str, licence: dict | None = None) -> dict:
+    found = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+    return found if licence is None else {**found, "licenses": [licence]}
+
+
+def _licence(d: importlib.metadata.Distribution) -> dict:
+    """The SPDX expression where there is one; some packages put the whole text into License, so its first line."""
+    if expression := d.metadata.get("License-Expression"):
+        return {"expression": expression}
+    lines = (d.metadata.get("License") or "").strip().splitlines() or ["unknown"]
+    return {"license": {"name": lines[0]}}
+
+
+def _os_release() -> dict[str, str]:
+    file = Path("/etc/os-release")
+    pairs = [line.partition("=") for line in file.read_text().splitlines()] if file.is_file() else []
+    return {name: value.strip('"') for name, _, value in pairs}
+
+
+def _system_packages(system: str) -> list[dict]:
+    if shutil.which("dpkg-query") is None:
+        return []
+    listed = ["dpkg-query", "--show", "--showformat=${Package}\t${Version}\t${Architecture}\n"]
+    shown = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    rows = [line.split("\t") for line in shown.splitlines()]
+    return [
+        _component(f"pkg:deb/{system}/{name}@{quote(version)}?arch={architecture}", name, version)
+        for name, version, architecture in rows
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("dependencies", "package", "kernels", "bill-of-materials"))
     parser.add_argument("--pip-args", default="", help="passed to pip, e.g. another index")
-    parser.add_argument("--architectures", default="90a", help="of GPUs, separated by blanks")
     parser.add_argument("--out", type=Path, default=Path("bill-of-materials.json"))
     options = parser.parse_args()
     if options.action == "dependencies":
@@ -189,11 +212,11 @@ def main() -> int:
     elif options.action == "package":
         install_package(shlex.split(options.pip_args))
     elif options.action == "kernels":
-        build_kernels(options.architectures.split())
+        build_kernels()
     else:
         bill = bill_of_materials()
         options.out.write_text(json.dumps(bill, indent=1) + "\n", encoding="utf-8")
-        print(f"bill of materials: {len(bill['components'])} distributions")
+        print(f"bill of materials: {len(bill['components'])} Python and system packages")
     return 0
 
 

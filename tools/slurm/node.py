@@ -24,12 +24,14 @@ MEET_S = 300
 """Seconds that the nodes have to find each other."""
 
 
-def torchrun_command(*, ranks: int, nodes: int, node: int, address: str, port: str, save_seconds: int) -> list[str]:
-    """torchrun up to the module it runs."""
+def torchrun_command(
+    *, ranks: int, nodes: int, node: int, address: str, port: str, save_seconds: int, meet_seconds: float = MEET_S
+) -> list[str]:
+    """torchrun up to the module it runs. It waits a little longer than we do, whose message names the node."""
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}",
         f"--nproc-per-node={ranks}", f"--master-addr={address}", f"--master-port={port}", "--max-restarts=0",
-        f"--rdzv-conf=timeout={MEET_S}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+        f"--rdzv-conf=timeout={round(meet_seconds) + 30}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
     ]  # fmt: skip
     if _knows("--shutdown-timeout"):
         command.append(f"--shutdown-timeout={max(30, save_seconds - 60)}")
@@ -69,9 +71,17 @@ def reach_fault(address: str, port: int, deadline_s: float) -> str | None:
 
 
 def _watch_peers(
-    name: str, first: bool, address: str, port: int, deadline_s: float, agent: subprocess.Popen
-) -> Heartbeat:
-    """End this node's ranks when a peer has been silent for the deadline, and say which."""
+    name: str, first: bool, address: str, port: int, deadline_s: float, agent: subprocess.Popen,
+    expected: tuple[str, ...], meet_s: float,
+) -> Heartbeat:  # fmt: skip
+    """End this node's ranks when a peer has been silent for the deadline or never came, and say which."""
+
+    def give_up(absent: list[str]) -> None:
+        for peer in absent:
+            print(
+                f"node {name}: node {peer} did not come within {meet_s:.0f} s; giving up", file=sys.stderr, flush=True
+            )
+        agent.kill()  # it waits in the rendezvous and has no ranks yet
 
     def end(silent: dict[str, float]) -> None:
         for peer, seconds in silent.items():
@@ -81,7 +91,10 @@ def _watch_peers(
         for child in _children(agent.pid):
             os.kill(child, signal.SIGKILL)
 
-    heartbeat = Heartbeat(name=name, first=first, address=address, port=port, deadline_s=deadline_s, lost=end)
+    heartbeat = Heartbeat(
+        name=name, first=first, address=address, port=port, deadline_s=deadline_s, lost=end, never_came=give_up,
+        expected=expected if first else (), meet_s=meet_s,
+    )  # fmt: skip
     heartbeat.start()
     return heartbeat
 
@@ -104,21 +117,32 @@ def main() -> int:
     parser.add_argument("--save-seconds", type=int, default=300, help="time between SIGTERM and the end")
     parser.add_argument("--meet-seconds", type=float, default=MEET_S, help="time for the nodes to find each other")
     parser.add_argument("--peer-seconds", type=float, default=120, help="silence of a node that ends the job")
+    parser.add_argument("--nodes", default="", help="names of all nodes, separated by commas; who is missed is named")
     parser.add_argument("arguments", nargs="+", help="of medgpt")
     options = parser.parse_args()
     name, node = os.environ.get("SLURMD_NODENAME", socket.gethostname()), int(os.environ.get("SLURM_NODEID", "0"))
     nodes, address = int(os.environ.get("SLURM_NNODES", "1")), os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT", "29500")
     command = torchrun_command(
-        ranks=options.ranks, nodes=nodes, node=node, address=address, port=port, save_seconds=options.save_seconds
-    )
+        ranks=options.ranks, nodes=nodes, node=node, address=address, port=port, save_seconds=options.save_seconds,
+        meet_seconds=options.meet_seconds,
+    )  # fmt: skip
     if node == 0 and (fault := port_fault(address, int(port))):
         print(f"node {name}: {fault}; submit again for another port", file=sys.stderr, flush=True)
         return 4
     agent = subprocess.Popen([*command, "-m", "megatron_medgpt.cli", *options.arguments])
-    heartbeat = (
-        _watch_peers(name, node == 0, address, int(port) + 2, options.peer_seconds, agent) if nodes > 1 else None
-    )
+    heartbeat = None
+    if nodes > 1:
+        expected = tuple(filter(None, options.nodes.split(",")))
+        try:
+            heartbeat = _watch_peers(
+                name, node == 0, address, int(port) + 2, options.peer_seconds, agent, expected, options.meet_seconds
+            )
+        except OSError as error:
+            print(f"node {name}: UDP port {int(port) + 2} cannot be opened: {error.strerror}; submit again for another",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            agent.kill()
+            return 4
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda signum, _: _note(signum, agent, stopping))

@@ -1,6 +1,6 @@
 """Is every node of a job fit to train? Each node writes what it finds; the judge compares and names the bad one.
 
-    preflight.py node --found DIR --shared RUN --gpus 8
+    preflight.py node --found DIR --shared RUN --needs /data --needs /shared/tokenizer
     preflight.py judge --found DIR --nodes n1,n2 --gpus 8 --gpu h100
 
 Exit codes of the judge: 0 fit, 3 not fit (one line per fault: node, cause). Standard library only.
@@ -30,10 +30,17 @@ MIN_MEMORY_MIB = {"h100": 79_000, "h200": 140_000, "b200": 175_000, "b300": 265_
 BUSY_MIB = 2_000
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "nvidia-dali-cuda130", "transformers")
 PROBE_BYTES = 4 * 2**20
+BILL_OF_MATERIALS = Path("/opt/medgpt/bill-of-materials.json")
+"""Every build of our image writes one with a number of its own (tools/image/install.py)."""
 
 
-def inspect_node(shared: Path) -> dict:
-    """Everything that the judge compares, of the node this runs on."""
+def inspect_node(shared: Path, needs: tuple[Path, ...] = ()) -> dict:
+    """Everything that the judge compares, of the node this runs on.
+
+    Args:
+        shared: the run folder, which must be writable.
+        needs: folders and files that must be there.
+    """
     return {
         "node": node_name(),
         "time": time.time(),
@@ -41,8 +48,10 @@ def inspect_node(shared: Path) -> dict:
         "packages": {name: _version(name) for name in PACKAGES},
         "code": code_hash(),
         "system": _system(),
+        "image": _image(),
         "gpus": _gpus(),
         "shared": shared_fault(shared),
+        "missing": [fault for fault in map(missing_fault, needs) if fault is not None],
         "free_bytes": shutil.disk_usage(shared).free if shared.is_dir() else 0,
     }
 
@@ -81,6 +90,14 @@ def _system() -> str:
     return (pretty or ["PRETTY_NAME=unknown"])[0].partition("=")[2].strip('"')
 
 
+def _image() -> str | None:
+    """Which build of the image this is; None outside of it."""
+    try:
+        return hashlib.sha256(BILL_OF_MATERIALS.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
 def _gpus() -> list[dict] | None:
     """Name and memory of every GPU; None without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
@@ -107,6 +124,30 @@ def shared_fault(shared: Path) -> str | None:
     return None
 
 
+def missing_fault(path: Path) -> str | None:
+    """Why a folder or file that the job reads is not there; None when it is."""
+    try:
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                return None if next(entries, None) else f"{path} is empty; is it mounted?"
+        path.stat()
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}; is it mounted?"
+    return None
+
+
+def report(found: Path, shared: Path, needs: tuple[Path, ...]) -> str | None:
+    """Write what this node has where the judge looks for it. Why it could not be written, or None."""
+    told = inspect_node(shared, needs)
+    aside = found / f".{told['node']}.{os.getpid()}"
+    try:
+        aside.write_text(json.dumps(told), encoding="utf-8")
+        aside.replace(found / f"{told['node']}.json")
+    except OSError as error:
+        return told["shared"] or f"{found} cannot be written: {error.strerror}; is it the folder that all nodes share?"
+    return None
+
+
 def faults(
     reports: dict[str, dict], nodes: list[str], *, gpus: int, gpu: str, min_free: int = MIN_FREE_BYTES
 ) -> list[str]:
@@ -117,7 +158,7 @@ def faults(
         return found
     for node, report in sorted(reports.items()):
         found += [f"node {node}: {fault}" for fault in _own_faults(report, gpus=gpus, gpu=gpu, min_free=min_free)]
-    for field in ("code", "python", "packages", "system"):
+    for field in ("image", "code", "python", "packages", "system"):
         found += _odd_ones(reports, field)
     times = {node: report["time"] for node, report in reports.items()}
     middle = sorted(times.values())[len(times) // 2]
@@ -137,6 +178,7 @@ def _own_faults(report: dict, *, gpus: int, gpu: str, min_free: int) -> list[str
         found.append(
             f"{report['free_bytes'] / 1e9:.1f} GB free on the run folder's disk; {min_free / 1e9:.0f} GB are needed"
         )
+    found += report["missing"]
     if report["code"] is None:
         found.append("megatron_medgpt is not installed for this python")
     if gpus == 0:
@@ -168,14 +210,16 @@ def main() -> int:
     parser.add_argument("action", choices=("node", "judge"))
     parser.add_argument("--found", type=Path, required=True, help="folder of the nodes' reports")
     parser.add_argument("--shared", type=Path, help="the run folder")
+    parser.add_argument("--needs", type=Path, action="append", default=[], help="must be there; repeatable")
     parser.add_argument("--gpus", type=int, default=0, help="expected per node")
     parser.add_argument("--gpu", default="cpu", help="their kind")
     parser.add_argument("--nodes", default="", help="names, separated by commas")
     parser.add_argument("--min-free-gb", type=float, default=MIN_FREE_BYTES / 1e9)
     options = parser.parse_args()
     if options.action == "node":
-        report = inspect_node(options.shared)
-        (options.found / f"{report['node']}.json").write_text(json.dumps(report), encoding="utf-8")
+        if fault := report(options.found, options.shared, tuple(options.needs)):
+            print(f"preflight: node {node_name()}: {fault}", file=sys.stderr)
+            return NOT_FIT
         return 0
     reports = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in options.found.glob("*.json")}
     nodes = options.nodes.split(",")

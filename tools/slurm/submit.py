@@ -28,7 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "workspace": None, "account": "", "partition": "", "nodes": 1, "gpus_per_node": 0, "gpu": "cpu",
     "ranks_per_node": "", "cpus_per_task": "", "time": "24:00:00", "extra": [], "launch": "torchrun", "runtime": "bare",
     "image": "", "mounts": "", "python": "python", "setup": "", "network_interface": "", "save_seconds": 300,
-    "max_restarts": 3, "preflight": "yes", "min_bandwidth_gb_s": 0, "token_file": "", "train": {}, "chain": [],
+    "max_restarts": 3, "preflight": "yes", "preflight_seconds": 180, "min_free_gb": 20, "min_bandwidth_gb_s": 0,
+    "needs": [], "meet_seconds": 300, "peer_seconds": 120, "token_file": "", "train": {}, "chain": [],
 }  # fmt: skip
 CHOICES = {
     "launch": ("torchrun", "srun"),
@@ -114,7 +115,7 @@ def make_job(kind: str, entry: dict[str, Any], settings: dict[str, Any]) -> list
     if unknown:
         raise SettingsError(f"{kind}: unknown field {sorted(unknown)[0]!r}; known: {', '.join(sorted(FIELDS[kind]))}")
     common = {name: settings[name] for name in DEFAULTS if name not in ("train", "chain", "extra", "workspace")}
-    common |= {"workspace": settings["workspace"], "code": str(CODE)}
+    common |= {"workspace": settings["workspace"], "code": str(CODE), "needs": " ".join(settings["needs"])}
     name = entry.get("name", kind)
     make = {"ingest": _ingest, "convert": _command, "train": _train, "evaluate": _command}[kind]
     return make(kind, name, entry, settings, common)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.parallel import groups
@@ -43,3 +46,42 @@ def test_half_an_environment_is_refused(no_launcher, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="MASTER_ADDR, MASTER_PORT not set"):
         groups.start(timeout_s=10)
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """Where ranks of this process would meet."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return f"127.0.0.1:{port}"
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_node(address, monkeypatch):
+    """Three nodes of one rank are expected, two come."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu1,gpu2,gpu7")
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(groups.meet, rank, 3, 1.5) for rank in (0, 1)]
+    said = f"not all of the 3 ranks came to {address} within 2 s: rank 2 (node gpu7)"
+    assert str(ranks[0].exception()) == said
+    assert isinstance(ranks[1].exception(), WorkError)
+
+
+def test_all_ranks_that_come_share_one_store(address):
+    with ThreadPoolExecutor() as pool:
+        stores = [done.result() for done in [pool.submit(groups.meet, rank, 3, 20) for rank in range(3)]]
+    stores[2].set("word", "said")
+    assert stores[0].get("word") == b"said"
+
+
+def test_a_port_in_use_is_named(address):
+    with socket.create_server(("", int(address.split(":")[1]))), pytest.raises(WorkError, match="the port is in use"):
+        groups.meet(0, 2, 5)
+
+
+def test_a_first_rank_that_does_not_answer_is_named(address):
+    with pytest.raises(WorkError, match=f"rank 0 did not answer at {address} within 1 s"):
+        groups.meet(1, 2, 1)

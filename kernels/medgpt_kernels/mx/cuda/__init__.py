@@ -16,8 +16,8 @@ SOURCE = pathlib.Path(__file__).parent / "mx.cu"
 
 @functools.cache
 def _device_refusal(index: int) -> str | None:
-    if torch.cuda.get_device_capability(index) != (9, 0):
-        return "it is built for Hopper (compute capability 9.0)"
+    if torch.cuda.get_device_capability(index) not in ((9, 0), (10, 0)):
+        return "it is built for Hopper and Blackwell (compute capability 9.0 and 10.0)"
     return None if nvcc.find() else "nvcc is not on the PATH"
 
 

@@ -38,7 +38,7 @@ from megatron_medgpt.config.errors import MedgptError, UsageError
 from megatron_medgpt.data.manifest import MANIFEST, TOKENIZER
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.text import Tokenizer
-from megatron_medgpt.ingest.tables import read_rows
+from megatron_medgpt.ingest.sources.tables import read_rows
 
 SHORTEST = 4
 """Characters of an identifier that is worth looking for: shorter ones stand in any file by chance."""

@@ -99,6 +99,15 @@ def ingest(
     workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
     max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
     allow_burned_in: Annotated[bool, typer.Option(help="Accept images that may show text of a patient.")] = False,
+    suspicious_text: Annotated[
+        str, typer.Option(help="Texts with dates, record numbers and the like: count, mask or refuse.")
+    ] = "count",
+    licence: Annotated[str, typer.Option(help="Of the data, for its manifest and datasheet.")] = "",
+    show_names: Annotated[bool, typer.Option(help="Show file names of inputs and rejects on the terminal.")] = False,
+    part: Annotated[str | None, typer.Option(help="i/N: write part i (from 0) of N into the same --out.")] = None,
+    merge: Annotated[
+        bool, typer.Option(help="Make the dataset of the parts, with the command that made them.")
+    ] = False,
 ) -> None:
     """Turn medical images and texts into a validated, de-identified, sharded dataset.
 
@@ -118,6 +127,11 @@ def ingest(
         max_reject_rate=max_reject_rate,
         allow_burned_in=allow_burned_in,
         key_file=key_file,
+        suspicious_text=suspicious_text,
+        licence=licence,
+        show_names=show_names,
+        part=part,
+        merge=merge,
     )
 
 

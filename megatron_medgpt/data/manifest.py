@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ STORE_KINDS = {"encoded": 1, "pixels": 2}
 MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.json"
 """A copy of the tokenizer that made the token ids, so that a dataset can be read on its own."""
+REJECTS = "rejects.jsonl"
+_UNSEALED = b'"seal": "' + b"0" * 64 + b'"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,10 @@ class Manifest:
     rejects: dict[str, int] = field(default_factory=dict)
     """Reason -> count. Records that came in = samples + rejects, always."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Files of no shard (rejects.jsonl, tokenizer.json) -> {"bytes", "sha256"}."""
+    seal: str = ""
+    """sha256 of this file with 64 zeros in place of the seal; datasets of before have none."""
 
 
 def shard_name(number: int) -> str:
@@ -82,10 +88,17 @@ def _digest(file) -> str:  # Python 3.10 has no file_digest
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON beside its place, flush it, then move it there."""
+    _write(path, _json(content))
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -101,7 +114,10 @@ def write_manifest(
     rejects: dict[str, int],
     provenance: dict[str, Any],
 ) -> Manifest:
-    """Write dataset.json, the last file of a dataset: without it the folder is not one."""
+    """Write dataset.json, the last file of a dataset: without it the folder is not one.
+
+    It is sealed with its own sha256 and that of ``rejects.jsonl`` and ``tokenizer.json``, where they lie in the folder.
+    """
     modalities: dict[str, int] = {}
     for shard in shards:
         for name, count in shard.modalities.items():
@@ -111,9 +127,27 @@ def write_manifest(
         num_tokens=sum(s.num_tokens for s in shards), num_targets=sum(s.num_targets for s in shards),
         modalities=dict(sorted(modalities.items())), tokenizer=tokenizer, store=store, shards=tuple(shards),
         num_records=num_records, rejects=dict(sorted(rejects.items())), provenance=provenance,
+        files={
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+            for name in (REJECTS, TOKENIZER) if (folder / name).is_file()
+        },
+        seal="0" * 64,
     )  # fmt: skip
-    write_json(folder / MANIFEST, asdict(manifest))
-    return manifest
+    content = _json(asdict(manifest))
+    seal = hashlib.sha256(content).hexdigest()
+    _write(folder / MANIFEST, _sealed(content, seal))
+    return replace(manifest, seal=seal)
+
+
+def _sealed(content: bytes, seal: str) -> bytes:
+    before, _, after = content.rpartition(_UNSEALED)
+    return before + _UNSEALED.replace(b"0" * 64, seal.encode()) + after
+
+
+def _check_seal(content: bytes, seal: str) -> None:
+    before, _, after = content.rpartition(f'"seal": "{seal}"'.encode())
+    if hashlib.sha256(before + _UNSEALED + after).hexdigest() != seal:
+        raise ValueError("its sha256 is not its seal")
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -135,6 +169,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         store = raw.pop("store")
         manifest = Manifest(**raw, shards=shards, store=Store(**{**store, "pad_rgb": tuple(store["pad_rgb"])}))
         _check(manifest)
+        if manifest.seal:
+            _check_seal(content, manifest.seal)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WorkError(f"{path} is damaged ({error}); restore it or ingest again") from error
     return manifest, hashlib.sha256(content).hexdigest()
@@ -166,6 +202,9 @@ def _check(manifest: Manifest) -> None:
         numbers += [*counts, getattr(manifest, field_name)]
         if sum(counts) != getattr(manifest, field_name):
             raise ValueError(f"{field_name} is not the sum over the shards")
+    if not set(manifest.files) <= {REJECTS, TOKENIZER}:
+        raise ValueError("a file is listed that belongs to no dataset")
+    numbers += [entry["bytes"] for entry in manifest.files.values()]
     numbers += [manifest.num_records, *manifest.modalities.values(), *manifest.rejects.values()]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a count is not a whole number")

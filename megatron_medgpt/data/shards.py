@@ -246,17 +246,17 @@ def verify(folder: str | Path) -> Iterator[str]:
     folder = Path(folder)
     manifest, _ = read_manifest(folder)
     faults = 0
-    for facts in manifest.shards:
-        for name, expected in facts.files.items():
-            path = folder / name
-            if not path.is_file():
-                faults += 1
-                yield f"{name} is missing"
-            elif sha256_of(path) != expected["sha256"]:
-                faults += 1
-                yield f"{name} does not have the sha256 of {MANIFEST}"
+    listed = {name: entry for facts in manifest.shards for name, entry in facts.files.items()} | manifest.files
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            faults += 1
+            yield f"{name} is missing"
+        elif sha256_of(path) != expected["sha256"]:
+            faults += 1
+            yield f"{name} does not have the sha256 of {MANIFEST}"
     copy = folder / TOKENIZER
-    if copy.is_file() and sha256_of(copy) != manifest.tokenizer["sha256"]:
+    if TOKENIZER not in listed and copy.is_file() and sha256_of(copy) != manifest.tokenizer["sha256"]:
         faults += 1
         yield f"{TOKENIZER} is not the tokenizer of {MANIFEST}"
     if faults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,31 +13,22 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import PIL
-import pydicom
-
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.manifest import (
-    MANIFEST,
-    STORE_KINDS,
-    TOKENIZER,
-    Manifest,
-    Store,
-    write_json,
-    write_manifest,
-)
+from megatron_medgpt.data.manifest import MANIFEST, STORE_KINDS, Store, shard_name, write_json
 from megatron_medgpt.data.text import Tokenizer
-from megatron_medgpt.ingest.identity import load_key
+from megatron_medgpt.ingest.complete import complete, in_words
+from megatron_medgpt.ingest.identity import SUSPICIOUS_TEXT, load_key, masked
+from megatron_medgpt.ingest.parts import Part, leave_note, shards_of_parts
+from megatron_medgpt.ingest.progress import Progress, expected_records
 from megatron_medgpt.ingest.sources import Record, Source, open_source
-from megatron_medgpt.ingest.sources.place import Place
-from megatron_medgpt.ingest.write import Finished, Settings, Task, locked, remove_notes, write_shards
+from megatron_medgpt.ingest.sources.place import Place, name_of
+from megatron_medgpt.ingest.write import Finished, Settings, Task, finished_before, locked, write_shards
 
 CLIP_MEAN_RGB = (122, 116, 104)
 """Padding of pixel stores: CLIP's mean colour (``data.square.pad_rgb``)."""
-_SECONDS_BETWEEN_LINES = 5.0
 _CARRIED_BYTES = 48 << 20
 """A shard is closed early where the images of archives and parquet, which travel with the records, reach this."""
+_REJECTS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +42,7 @@ class IngestSummary:
     num_tokens: int
     rejects: dict[str, int]
     notes: dict[str, int]
+    """Counts of things a person should know, e.g. of texts that look identifying."""
     seconds: float
 
 
@@ -69,6 +61,11 @@ def run_ingest(
     max_reject_rate: float = 0.05,
     allow_burned_in: bool = False,
     key_file: str | Path | None = None,
+    suspicious_text: str = "count",
+    licence: str = "",
+    show_names: bool = False,
+    part: str | None = None,
+    merge: bool = False,
     longest_tokens: int = 32_768,
     records_per_shard: int = 2048,
     echo: Callable[[str], None] = print,
@@ -82,7 +79,16 @@ def run_ingest(
         store: ``encoded`` keeps JPEG/PNG bytes; ``pixels`` keeps squares of ``pixel_size_px`` padded with
             ``pixel_pad_rgb``, for one encoder.
         max_reject_rate: share of rejected records above which no dataset is made.
+        suspicious_text: what to do with texts that hold a date, a record number and the like: ``count``, ``mask`` or
+            ``refuse``.
+        licence: of the data, for the manifest and the datasheet.
+        show_names: show file names of inputs and rejects on the terminal; they are written nowhere.
+        part: ``i/N`` writes only part i (from 0) of the shards, into the ``out`` that all parts share.
+        merge: make the dataset of the parts: the same call as theirs, with ``merge`` in place of ``part``.
         echo: takes the lines for the terminal.
+
+    Returns:
+        What was done, of a part only its own.
 
     Raises:
         UsageError: inputs, tokenizer or output cannot be used; nothing was written.
@@ -91,34 +97,61 @@ def run_ingest(
     began = time.monotonic()
     if store not in STORE_KINDS:
         raise UsageError(f"--store {store}; allowed: {', '.join(STORE_KINDS)}")
+    if suspicious_text not in SUSPICIOUS_TEXT:
+        raise UsageError(f"--suspicious-text {suspicious_text}; allowed: {', '.join(SUSPICIOUS_TEXT)}")
+    if part and merge:
+        raise UsageError("--part and --merge exclude each other: every part first, then --merge")
     if not inputs:
         raise UsageError("no input; name a table (json, jsonl, csv, tsv, parquet), a tar or a folder")
-    out, folder = Path(out), Path(tokenizer)
+    out, folder, own = Path(out), Path(tokenizer), Part.parse(part) if part else None
     _refuse_dataset(out)
     words = Tokenizer.load(folder)
     sources = [open_source(path, format=format, image_root=image_root, mapping=mapping) for path in inputs]
     settings = Settings(
         out=out, tokenizer=folder, key=load_key(key_file), allow_burned_in=allow_burned_in,
-        longest_tokens=longest_tokens,
+        longest_tokens=longest_tokens, suspicious_text=suspicious_text,
         store=Store(kind=store, size_px=pixel_size_px, pad_rgb=pixel_pad_rgb) if store == "pixels" else Store(),
     )  # fmt: skip
-    _show(sources, echo)
+    _show(sources, echo, show_names)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(out, own):
         _refuse_dataset(out)  # another ingest may have finished while this one waited for its inputs
-        _agree_with_earlier(settings, sources, words, records_per_shard)
-        finished = _write(settings, sources, records_per_shard, workers or os.cpu_count() or 1, echo)
-        manifest, notes = _complete(settings, words, sources, finished, max_reject_rate)
-    seconds = time.monotonic() - began
-    summary = IngestSummary(
-        out=out, num_records=manifest.num_records, num_samples=manifest.num_samples, num_images=manifest.num_images,
-        num_tokens=manifest.num_tokens, rejects=manifest.rejects, notes=notes, seconds=seconds,
-    )  # fmt: skip
+        agreed = _agree_with_earlier(settings, sources, words, records_per_shard)
+        if merge:
+            finished = _finished_parts(settings.out, shards_of_parts(out, agreed))
+        else:
+            workers = workers or os.cpu_count() or 1
+            finished, num_shards = _write(settings, sources, records_per_shard, workers, echo, own)
+        if show_names:
+            _show_rejects(sources, finished, echo)
+        if own:
+            leave_note(out, own, num_shards=num_shards, settings_digest=agreed)
+        else:
+            complete(settings, words, sources, finished, max_reject_rate=max_reject_rate, licence=licence)
+    summary = _summary(out, finished, time.monotonic() - began)
+    for note, count in summary.notes.items():
+        echo(f"{count} {note}" + (" (--suspicious-text mask or refuse)" if suspicious_text == "count" else ""))
     echo(
         f"{out}: {summary.num_samples} samples, {summary.num_images} images, {summary.num_tokens} text tokens from "
-        f"{summary.num_records} records in {seconds:.1f} s; rejected {_reasons(summary.rejects)}"
+        f"{summary.num_records} records in {summary.seconds:.1f} s; rejected {in_words(summary.rejects)}"
     )
+    if own:
+        echo(f"part {part} is done; when all are, run the same command with --merge in place of --part")
     return summary
+
+
+def _summary(out: Path, finished: Sequence[Finished], seconds: float) -> IngestSummary:
+    notes: Counter[str] = Counter()
+    for shard in finished:
+        notes.update(shard.notes)
+    return IngestSummary(
+        out=out, num_records=sum(shard.num_records for shard in finished),
+        num_samples=sum(shard.shard.num_samples for shard in finished),
+        num_images=sum(shard.shard.num_images for shard in finished),
+        num_tokens=sum(shard.shard.num_tokens for shard in finished),
+        rejects=dict(sorted(Counter(reason for shard in finished for _, reason in shard.rejects).items())),
+        notes=dict(sorted(notes.items())), seconds=seconds,
+    )  # fmt: skip
 
 
 def _refuse_dataset(out: Path) -> None:
@@ -126,28 +159,50 @@ def _refuse_dataset(out: Path) -> None:
         raise UsageError(f"{out} is already a dataset; choose another --out or remove it")
 
 
-def _show(sources: Sequence[Source], echo: Callable[[str], None]) -> None:
-    for source in sources:
-        echo(source.describe())
+def _show(sources: Sequence[Source], echo: Callable[[str], None], show_names: bool) -> None:
+    """What was recognised, with the first three records. Their texts are masked here: this may go into a log."""
+    for number, source in enumerate(sources, 1):
+        what = source.describe()
+        echo(what if show_names else what.replace(name_of(source.places[0]), f"input {number}"))
         for record in islice((record for record in source.read() if not record.problem), 3):
-            turns = " | ".join(f"{turn.role}: {turn.text[:70]!r}" for turn in record.turns[:2])
+            turns = " | ".join(f"{turn.role}: {masked(turn.text)[0][:70]!r}" for turn in record.turns[:2])
             echo(f"  record {record.number}: {len(record.images)} image(s); {turns}")
 
 
-def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: Tokenizer, per_shard: int) -> None:
-    """Refuse to continue an unfinished ingest that had other inputs or settings."""
+def _show_rejects(sources: Sequence[Source], finished: Sequence[Finished], echo: Callable[[str], None]) -> None:
+    """The first rejects with the names of their files, for whoever asked to see names."""
+    reasons = dict(sorted(reject for shard in finished for reject in shard.rejects)[:_REJECTS_SHOWN])
+    first = 0
+    for source in sources:
+        for record in source.read(first):
+            first = record.number + 1
+            if record.number in reasons:
+                names = ", ".join(i if isinstance(i, str) else "inside" for i in record.images) or "no image"
+                echo(f"  record {record.number}: {reasons.pop(record.number)}: {names}")
+            if not reasons:
+                return
+
+
+def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: Tokenizer, per_shard: int) -> str:
+    """Refuse to continue an unfinished ingest that had other inputs or settings. Returns a digest of them."""
     facts = {
         "inputs": [[source.format, source.fingerprint(), source.columns] for source in sources],
         "tokenizer": words.fingerprint, "store": asdict(settings.store), "records_per_shard": per_shard,
         "allow_burned_in": settings.allow_burned_in, "longest_tokens": settings.longest_tokens,
+        "suspicious_text": settings.suspicious_text,
         "key": hashlib.sha256(b"which key" + settings.key).hexdigest(),
     }  # fmt: skip
     path = settings.out / ".ingest.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(facts)):
+    if not path.exists():
+        # Parts begin at the same moment: each writes a file of its own, and one of them stays.
+        own = settings.out / f".ingest-{secrets.token_hex(8)}.json"
+        write_json(own, facts)
+        os.replace(own, path)
+    if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(facts)):
         raise UsageError(
             f"{settings.out} holds an unfinished ingest of other inputs or settings; remove it or choose another --out"
         )
-    write_json(path, facts)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _tasks(sources: Sequence[Source], per_shard: int) -> Iterator[Task]:
@@ -174,59 +229,45 @@ def _tasks(sources: Sequence[Source], per_shard: int) -> Iterator[Task]:
 
 
 def _write(
-    settings: Settings, sources: Sequence[Source], per_shard: int, workers: int, echo: Callable[[str], None]
-) -> list[Finished]:
+    settings: Settings,
+    sources: Sequence[Source],
+    per_shard: int,
+    workers: int,
+    echo: Callable[[str], None],
+    part: Part | None,
+) -> tuple[list[Finished], int]:
+    """Write what is not written yet, all of it or one part: the shards in order, and how many all parts make."""
+    num_shards = 0
+
+    def own_tasks() -> Iterator[Task]:
+        nonlocal num_shards
+        for task in _tasks(sources, per_shard):
+            num_shards = task.number + 1
+            if part is None or part.writes(task.number):
+                yield task
+
+    total = expected_records(sources)
+    if part is not None and total is not None:
+        total = -(-total // part.count)  # about: shards are dealt out whole
     finished: list[Finished] = []
-    began = last = time.monotonic()
-    records = 0
-    for shard in write_shards(settings, _tasks(sources, per_shard), workers):
-        finished.append(shard)
-        records += shard.shard.num_samples + len(shard.rejects)
-        now = time.monotonic()
-        if now - last > _SECONDS_BETWEEN_LINES:
-            rejected = sum(len(done.rejects) for done in finished)
-            echo(f"  {records} records, {records / (now - began):.0f}/s, {rejected} rejected")
-            last = now
-    return sorted(finished, key=lambda shard: shard.shard.name)
+    with Progress(total, echo) as progress:
+        for shard, from_before in write_shards(settings, own_tasks(), workers):
+            finished.append(shard)
+            progress.add(shard.num_records, len(shard.rejects), from_before=from_before)
+    return sorted(finished, key=lambda shard: shard.shard.name), num_shards
 
 
-def _complete(
-    settings: Settings, words: Tokenizer, sources: Sequence[Source], finished: Sequence[Finished], max_rate: float
-) -> tuple[Manifest, dict[str, int]]:
-    rejects = sorted(reject for shard in finished for reject in shard.rejects)
-    lines = [json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in rejects]
-    (settings.out / "rejects.jsonl").write_text("".join(lines), encoding="utf-8")
-    counts = Counter(reason for _, reason in rejects)
-    num_records = sum(shard.shard.num_samples for shard in finished) + len(rejects)
-    if num_records == 0 or len(rejects) > max_rate * num_records:
+def _finished_parts(out: Path, num_shards: int) -> list[Finished]:
+    """The notes of all shards, in order.
+
+    Raises:
+        WorkError: a shard that a part has written is missing or has another size now.
+    """
+    shards = [finished_before(out, number) for number in range(num_shards)]
+    lost = [shard_name(number) for number, shard in enumerate(shards) if shard is None]
+    if lost:
         raise WorkError(
-            f"{len(rejects)} of {num_records} records were rejected ({_reasons(counts)}), more than "
-            f"--max-reject-rate {max_rate}; see {settings.out}/rejects.jsonl, mend the inputs or raise the rate"
+            f"{len(lost)} of {num_shards} shards of {out} are missing or damaged ({', '.join(lost[:3])}); run the "
+            "parts again, which writes only these"
         )
-    notes: Counter[str] = Counter()
-    for shard in finished:
-        notes.update(shard.notes)
-    (settings.out / TOKENIZER).write_bytes(words.tokenizer_json)
-    manifest = write_manifest(
-        settings.out, [shard.shard for shard in finished],
-        tokenizer={
-            "sha256": words.fingerprint, "vocab_size": words.vocab_size, "image_mark_id": words.image_mark_id,
-            "pad_id": words.pad_id,
-        },
-        store=settings.store, num_records=num_records, rejects=dict(counts),
-        provenance={
-            "formats": [source.format for source in sources],
-            "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
-            "notes": dict(notes),
-            "versions": {
-                "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,
-                "pydicom": pydicom.__version__,
-            },
-        },
-    )  # fmt: skip
-    remove_notes(settings.out, len(finished))
-    return manifest, dict(notes)
-
-
-def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common(5)) or "none"
+    return [shard for shard in shards if shard is not None]

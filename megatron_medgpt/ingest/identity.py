@@ -36,9 +36,29 @@ _NAMED_MODALITIES = {
 }  # fmt: skip
 _BURNS_IN = ("US", "IVUS", "SC", "XC", "ES", "OT")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_LIKE_AN_IDENTIFIER = re.compile(
-    r"\b(?:\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}-\d{2}-\d{2}|(?:19|20)\d{6}|[A-Z]{0,3}\d{7,})\b"
-)
+SUSPICIOUS_TEXT = ("count", "mask", "refuse")
+"""What to do with a text that holds a date, a record number and the like."""
+_MONTHS = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_SUSPICIOUS = {
+    "e-mail": re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w"),
+    "UID": re.compile(r"\b\d+(?:\.\d+){4,}\b"),
+    "date": re.compile(
+        rf"\b(?:\d{{1,2}}[./-]\d{{1,2}}[./-]\d{{2,4}}|\d{{4}}[./-]\d{{1,2}}[./-]\d{{1,2}}|(?:19|20)\d{{6}}"
+        rf"|\d{{1,2}}(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTHS},?\s+\d{{4}}|{_MONTHS}\s+\d{{1,2}}(?:st|nd|rd|th)?,?\s+\d{{4}})\b",
+        re.IGNORECASE,
+    ),
+    "record number": re.compile(
+        r"\b(?:MRN|PID|accession|acc|patient\s+(?:id|no|number)|record\s+(?:no|number)|case\s+(?:no|number)|SSN)\b"
+        r"[\s.:#-]*[A-Z-]*\d[\w-]*",
+        re.IGNORECASE,
+    ),
+    "name": re.compile(
+        r"\b(?:Mr|Mrs|Ms|Dr|Prof|Herr|Frau)\b\.?\s+[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)?|\b[A-Z][a-z]+\^[A-Z][a-z]+"
+    ),
+    "phone number": re.compile(r"(?<![\w.])(?:\+\d{1,3}[ /-]?)?(?:\(\d{2,5}\)|\d{2,5})[ /-]\d{3,4}[ /-]\d{3,6}\b"),
+    "long number": re.compile(r"\b[A-Z]{0,3}-?\d{7,}\b"),
+}
+"""Kind -> pattern, in the order in which they are masked: a date is not to be masked as a long number."""
 
 
 def load_key(path: str | Path | None) -> bytes:
@@ -94,9 +114,17 @@ def modality_of_name(name: str) -> int:
     return MODALITIES.index(next((_NAMED_MODALITIES[word] for word in words if word in _NAMED_MODALITIES), "unknown"))
 
 
-def looks_identifying(text: str) -> bool:
-    """Whether a text holds a date or a long number such as a record number. A hint for a count, not a judgement."""
-    return _LIKE_AN_IDENTIFIER.search(text) is not None
+def masked(text: str) -> tuple[str, tuple[str, ...]]:
+    """The text with ``[date]``, ``[long number]`` and so on where identifiers seem to stand, and the kinds found.
+
+    A hint, not a judgement: a name without a title, for one, is not found.
+    """
+    kinds = []
+    for kind, pattern in _SUSPICIOUS.items():
+        text, count = pattern.subn(f"[{kind}]", text)
+        if count:
+            kinds.append(kind)
+    return text, tuple(kinds)
 
 
 def files_by_uid(root: Path, keyword: str) -> dict[str, tuple[str, ...]]:

@@ -10,14 +10,15 @@ import fcntl
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -29,7 +30,8 @@ from megatron_medgpt.data.shards import ShardWriter, pack_pixels
 from megatron_medgpt.data.square import square
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, decode
-from megatron_medgpt.ingest.identity import looks_identifying
+from megatron_medgpt.ingest.identity import masked
+from megatron_medgpt.ingest.parts import Part
 from megatron_medgpt.ingest.sample import make_sample
 from megatron_medgpt.ingest.sources import Image as RecordImage
 from megatron_medgpt.ingest.sources import Record, RecordError
@@ -48,6 +50,8 @@ class Settings:
     key: bytes
     allow_burned_in: bool
     longest_tokens: int
+    suspicious_text: str = "count"
+    """One of ``identity.SUSPICIOUS_TEXT``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,10 @@ class Finished:
     """(record number, reason)."""
     notes: dict[str, int] = field(default_factory=dict)
     """Counts of things a person should know, e.g. texts that look identifying."""
+
+    @property
+    def num_records(self) -> int:
+        return self.shard.num_samples + len(self.rejects)
 
 
 def note_path(out: Path, number: int) -> Path:
@@ -99,16 +107,25 @@ def write_shard(settings: Settings, task: Task) -> Finished:
     rejects: list[tuple[int, str]] = []
     notes: Counter[str] = Counter()
     for record, root in zip(task.records, task.image_roots, strict=True):
+        kinds = sorted({kind for turn in record.turns for kind in masked(turn.text)[1]})
         try:
-            _write_record(record, root, settings, writer, first_of)
+            _write_record(_cleared(record, kinds, settings), root, settings, writer, first_of)
         except (PictureError, RecordError) as error:
             rejects.append((record.number, str(error)))
             continue
-        if any(looks_identifying(turn.text) for turn in record.turns):
-            notes["texts with dates or long numbers"] += 1
-    finished = Finished(shard=writer.close(), rejects=tuple(rejects), notes=dict(notes))
+        notes.update(f"texts with a {kind}{' masked' * (settings.suspicious_text == 'mask')}" for kind in kinds)
+    finished = Finished(shard=writer.close(), rejects=tuple(rejects), notes=dict(sorted(notes.items())))
     write_json(note_path(settings.out, task.number), asdict(finished))
     return finished
+
+
+def _cleared(record: Record, kinds: Sequence[str], settings: Settings) -> Record:
+    """The record with its texts masked, where that was chosen and something was found."""
+    if not kinds or settings.suspicious_text == "count":
+        return record
+    if settings.suspicious_text == "refuse":
+        raise RecordError("suspicious-text")
+    return replace(record, turns=tuple(replace(turn, text=masked(turn.text)[0]) for turn in record.turns))
 
 
 def _write_record(record: Record, root: Place, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
@@ -143,28 +160,32 @@ def _stored(image: Decoded, store: Store) -> bytes:
         return pack_pixels(np.asarray(square(picture, store.size_px, store.pad_rgb)))
 
 
-def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[Finished]:
-    """Write shards in ``workers`` processes, giving each as it is finished; at most twice as many tasks are in memory.
+def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Finished, bool]]:
+    """Write shards in ``workers`` processes; at most twice as many tasks are in memory.
+
+    Yields:
+        Each shard as it is finished, and whether an earlier run had written it.
 
     Raises:
         WorkError: a worker process died (a codec can bring one down), named by its shard.
     """
     if workers <= 1:
         for task in tasks:
-            yield finished_before(settings.out, task.number) or write_shard(settings, task)
+            done = finished_before(settings.out, task.number)
+            yield (done, True) if done is not None else (write_shard(settings, task), False)
         return
     waiting: dict[Future, int] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for task in tasks:
             done = finished_before(settings.out, task.number)
             if done is not None:
-                yield done
+                yield done, True
                 continue
             if len(waiting) >= 2 * workers:
-                yield from _results(waiting)
+                yield from ((shard, False) for shard in _results(waiting))
             waiting[pool.submit(write_shard, settings, task)] = task.number
         while waiting:
-            yield from _results(waiting)
+            yield from ((shard, False) for shard in _results(waiting))
 
 
 def _results(waiting: dict[Future, int]) -> Iterator[Finished]:
@@ -180,27 +201,36 @@ def _results(waiting: dict[Future, int]) -> Iterator[Finished]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder; a second writer is refused.
+def locked(out: Path, part: Part | None = None) -> Iterator[None]:
+    """Hold the output folder, alone or together with the other parts; a second writer of the same is refused.
 
     Raises:
         UsageError: another ingest is writing there.
     """
-    path = out / ".ingest.lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"another ingest is writing to {out}; wait for it or choose another --out") from error
+    with ExitStack() as files:
+        whole = files.enter_context(open(out / ".ingest.lock", "a+"))
+        _hold(whole, fcntl.LOCK_SH if part else fcntl.LOCK_EX, f"another ingest is writing to {out}")
+        if part:
+            own = files.enter_context(open(out / f".{part.name}.lock", "a+"))
+            _hold(own, fcntl.LOCK_EX, f"part {part.number}/{part.count} is being written to {out} already")
         yield
-        # Only a finished ingest removes the file: who opened it meanwhile finds dataset.json and stops.
-        path.unlink()
+        if not part:
+            # Only a finished ingest removes the file: who opened it meanwhile finds dataset.json and stops.
+            (out / ".ingest.lock").unlink()
+
+
+def _hold(file: TextIO, kind: int, refusal: str) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(f"{refusal}; wait for it or choose another --out") from error
 
 
 def remove_notes(out: Path, num_shards: int) -> None:
     """Remove what only an unfinished ingest needs."""
     for number in range(num_shards):
         note_path(out, number).unlink(missing_ok=True)
-    for path in out.glob(".shard-*"):
-        path.unlink()
+    for pattern in (".shard-*", ".part-*"):
+        for path in out.glob(pattern):
+            path.unlink()
     (out / ".ingest.json").unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from png_examples import png_of
 
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
+from megatron_medgpt.data.manifest import read_manifest, write_manifest
 from megatron_medgpt.data.shards import Dataset, pack_pixels, unpack_pixels, verify
 
 
@@ -67,6 +68,46 @@ def test_a_whole_dataset_has_no_faults(write_dataset):
 
 def _every_file(folder):
     return sorted(path for path in folder.iterdir() if path.name.startswith("shard"))
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "rejects.jsonl", "tokenizer.json"])
+@pytest.mark.parametrize("change", ["flipped", "truncated", "missing", "longer"])
+def test_verify_finds_damage_of_every_other_file(write_dataset, tokenizer, name, change):
+    folder = write_dataset(num_samples=6, per_shard=3)
+    (folder / "tokenizer.json").write_bytes(tokenizer.tokenizer_json)
+    (folder / "rejects.jsonl").write_text('{"record": 7, "reason": "empty-file"}\n')
+    manifest = read_manifest(folder)[0]
+    write_manifest(
+        folder, manifest.shards, tokenizer=manifest.tokenizer, store=manifest.store, num_records=7,
+        rejects={"empty-file": 1}, provenance={"licences": {"CC0": 6}},
+    )  # fmt: skip
+    assert list(verify(folder)) == []
+    path = folder / name
+    whole = path.read_bytes()
+    step = {"flipped": max(1, len(whole) // 400), "truncated": max(1, len(whole) // 20)}.get(change, len(whole))
+    for offset in range(0, len(whole), step):
+        if change == "missing":
+            path.unlink()
+        elif change == "flipped":
+            # A space for a line break and the like leave JSON as it was: the seal counts bytes.
+            path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x2A]) + whole[offset + 1 :])
+        else:
+            path.write_bytes(whole + b" " if change == "longer" else whole[:offset])
+        try:
+            faults = list(verify(folder))
+        except MedgptError as error:
+            faults = [str(error)]
+        assert faults, offset
+    path.write_bytes(whole)
+    assert list(verify(folder)) == []
+
+
+def test_a_dataset_without_a_seal_is_read_as_before(write_dataset):
+    folder = write_dataset(num_samples=6, per_shard=3)
+    raw = json.loads((folder / "dataset.json").read_text())
+    del raw["seal"], raw["files"]
+    (folder / "dataset.json").write_text(json.dumps(raw))
+    assert list(verify(folder)) == []
 
 
 def test_verify_finds_every_flipped_byte_of_the_small_files_and_samples_of_the_large(write_dataset):

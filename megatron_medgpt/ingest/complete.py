@@ -1,0 +1,77 @@
+"""The end of an ingest: rejects are counted and listed, the manifest and the datasheet are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import PIL
+import pydicom
+
+from megatron_medgpt.config.errors import WorkError
+from megatron_medgpt.data.manifest import REJECTS, TOKENIZER, Manifest, write_manifest
+from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.ingest.datasheet import write_datasheet
+from megatron_medgpt.ingest.sources import Source
+from megatron_medgpt.ingest.write import Finished, Settings, remove_notes
+
+
+def complete(
+    settings: Settings,
+    words: Tokenizer,
+    sources: Sequence[Source],
+    finished: Sequence[Finished],
+    *,
+    max_reject_rate: float,
+    licence: str,
+) -> Manifest:
+    """Make a dataset of the shards, in the order given.
+
+    Raises:
+        WorkError: too many rejects; they are listed in ``rejects.jsonl`` and the shards stay for another try.
+    """
+    rejects = sorted(reject for shard in finished for reject in shard.rejects)
+    lines = [json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in rejects]
+    (settings.out / REJECTS).write_text("".join(lines), encoding="utf-8")
+    counts = Counter(reason for _, reason in rejects)
+    num_records = sum(shard.shard.num_samples for shard in finished) + len(rejects)
+    if num_records == 0 or len(rejects) > max_reject_rate * num_records:
+        raise WorkError(
+            f"{len(rejects)} of {num_records} records were rejected ({in_words(counts)}), more than "
+            f"--max-reject-rate {max_reject_rate}; see {settings.out}/{REJECTS}, mend the inputs or raise the rate"
+        )
+    notes: Counter[str] = Counter()
+    for shard in finished:
+        notes.update(shard.notes)
+    (settings.out / TOKENIZER).write_bytes(words.tokenizer_json)
+    shards = [shard.shard for shard in finished]
+    provenance = {
+        "formats": [source.format for source in sources],
+        "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
+        "licences": {licence: sum(shard.num_samples for shard in shards)} if licence else {},
+        "suspicious_text": settings.suspicious_text, "burned_in_allowed": settings.allow_burned_in,
+        "notes": dict(sorted(notes.items())),
+        "versions": {
+            "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,
+            "pydicom": pydicom.__version__,
+        },
+    }  # fmt: skip
+    write_datasheet(settings.out, shards, rejects=counts, store=settings.store, provenance=provenance, tokenizer=words)
+    manifest = write_manifest(
+        settings.out, shards,
+        tokenizer={
+            "sha256": words.fingerprint, "vocab_size": words.vocab_size, "image_mark_id": words.image_mark_id,
+            "pad_id": words.pad_id,
+        },
+        store=settings.store, num_records=num_records, rejects=dict(counts), provenance=provenance,
+    )  # fmt: skip
+    remove_notes(settings.out, len(finished))
+    return manifest
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """The five most frequent reasons with their counts."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common(5)) or "none"

@@ -1,4 +1,4 @@
-"""Option likelihoods are the same numbers in every layout, on every rank, whatever shares a batch."""
+"""Option likelihoods and written answers are the same in every layout, on every rank, whatever shares a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from question_folders import omnimedvqa_folder, read_questions, write_questions
 from megatron_medgpt.data.text import train_tokenizer
 
 HERE = Path(__file__).parent
-LAYOUTS = ("1,2,1", "1,1,1", "2,1,2")
+TWO_RANKS = ("1,2,1", "1,2,1,2", "1,1,1", "1,1,2", "2,1,2")
+FOUR_RANKS = ("2,2,2", "1,2,2", "2,1,4")
+LAYOUTS = (*TWO_RANKS, *FOUR_RANKS)
 
 
 def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 150) -> None:
@@ -33,7 +35,7 @@ def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             log = (folder / f"world{world_size}-rank{rank}.log").open("w")
-            command = [sys.executable, str(HERE / "likelihood_worker.py"), str(folder), *layouts]
+            command = [sys.executable, str(HERE / "engine_worker.py"), str(folder), *layouts]
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             )
@@ -62,12 +64,13 @@ def folder(tmp_path_factory):
     run_ranks(1, folder, ("1,1,1",))
     (folder / "1,1,1-rank0.json").rename(folder / "single.json")
     (folder / "1,1,1").rename(folder / "single")
-    run_ranks(2, folder, LAYOUTS)
+    run_ranks(2, folder, TWO_RANKS)
+    run_ranks(4, folder, FOUR_RANKS)
     return folder
 
 
-def read(path: Path) -> dict[str, list]:
-    return json.loads(path.read_text())
+def read(path: Path, protocol: str = "chat-likelihood") -> dict[str, list]:
+    return json.loads(path.read_text())[protocol]
 
 
 def test_broken_pictures_and_long_questions_fail_alone_and_count(folder):
@@ -76,7 +79,7 @@ def test_broken_pictures_and_long_questions_fail_alone_and_count(folder):
     assert "not a readable picture" in failed["P_0006"]
     assert "positions" in failed["P_0009"]
     assert "does not decode" in failed["P_0010"]
-    result = json.loads((folder / "single" / "eval.json").read_text())
+    result = json.loads((folder / "single" / "chat-likelihood.json").read_text())
     assert (result["n"], result["failed"]) == (21, 5)
 
 
@@ -97,12 +100,23 @@ def test_losses_equal_the_single_process(folder, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_written_answers_equal_the_single_process(folder, layout):
+    single, split = read(folder / "single.json", "letter"), read(folder / f"{layout}-rank0.json", "letter")
+    assert len({text for error, text in single.values() if not error}) > 1
+    assert sum(error is None for error, _ in single.values()) >= 16
+    assert split == single
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_ranks_hold_the_same_answers(folder, layout):
-    assert read(folder / f"{layout}-rank0.json") == read(folder / f"{layout}-rank1.json")
+    first = json.loads((folder / f"{layout}-rank0.json").read_text())
+    for path in folder.glob(f"{layout}-rank*.json"):
+        assert json.loads(path.read_text()) == first
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_controls_are_the_same_in_every_layout(folder, layout):
-    single, split = (json.loads((folder / name / "eval.json").read_text()) for name in ("single", layout))
-    assert split["controls"] == single["controls"]
-    assert split["accuracy"] == single["accuracy"]
+    for name in ("chat-likelihood.json", "letter.json"):
+        single, split = (json.loads((folder / where / name).read_text()) for where in ("single", layout))
+        assert split["controls"] == single["controls"]
+        assert split["accuracy"] == single["accuracy"]

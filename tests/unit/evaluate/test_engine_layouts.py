@@ -17,8 +17,8 @@ from question_folders import omnimedvqa_folder, read_questions, write_questions
 from megatron_medgpt.data.text import train_tokenizer
 
 HERE = Path(__file__).parent
-TWO_RANKS = ("1,2,1", "1,2,1,2", "1,1,1", "1,1,2", "2,1,2")
-FOUR_RANKS = ("2,2,2", "1,2,2", "2,1,4")
+TWO_RANKS = ("1,2,1,2", "1,1,1", "2,1,2")
+FOUR_RANKS = ("2,2,2",)
 LAYOUTS = (*TWO_RANKS, *FOUR_RANKS)
 
 

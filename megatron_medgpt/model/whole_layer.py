@@ -29,7 +29,7 @@ def run_whole(layer: Any, hidden_SBH: Tensor, rows: RowInfo) -> Tensor:
         layer: a built ``specs.Layer``.
     """
     attention = layer.self_attention
-    projected = _linear(attention.linear_qkv, layer.input_layernorm(hidden_SBH))
+    projected = _linear(attention.linear_qkv, _normed(layer.input_layernorm, hidden_SBH))
     # Group after group its queries, its key and its value, as the engine lays them out.
     grouped = projected.unflatten(
         -1, (attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head)
@@ -37,8 +37,15 @@ def run_whole(layer: Any, hidden_SBH: Tensor, rows: RowInfo) -> Tensor:
     query_SBAD, key_SBQD, value_SBQD = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     attended = attention.core_attention(query_SBAD, key_SBQD, value_SBQD, rows)
     hidden_SBH = hidden_SBH + _linear(attention.linear_proj, attended)
-    normed_TH = layer.pre_mlp_layernorm(hidden_SBH).flatten(0, 1)
+    normed_TH = _normed(layer.pre_mlp_layernorm, hidden_SBH).flatten(0, 1)
     return hidden_SBH + _experts(layer.mlp, normed_TH).view_as(hidden_SBH)
+
+
+def _normed(norm: Any, hidden_SBH: Tensor) -> Tensor:
+    """``specs.RMSNorm`` in one call where the weights are as wide as it computes."""
+    if hidden_SBH.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(hidden_SBH, hidden_SBH.shape[-1:], norm.weight, norm.eps)
+    return norm(hidden_SBH)
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

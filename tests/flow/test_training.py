@@ -17,6 +17,7 @@ from megatron_medgpt.checkpoint.metadata import stored_tensors
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import load_run
 from megatron_medgpt.config.schema import ExitConfig, OptimizerConfig
+from megatron_medgpt.evaluate.run import evaluate_model
 from megatron_medgpt.observe.metrics import read_metrics
 from megatron_medgpt.train import cadence, step
 from megatron_medgpt.train.command import train_here
@@ -148,6 +149,26 @@ def question_table(folder: Path) -> Path:
     table = folder / "questions.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)))
     return table
+
+
+def test_a_run_is_evaluated_under_several_protocols_with_one_loading(uninterrupted, tmp_path):
+    protocols = ["official-qa,official-prefix", "letter"]
+    code = evaluate_model(
+        "table", data=question_table(tmp_path / "set"), out=tmp_path / "eval" / "colours.json", arguments=(),
+        checkpoint=Path(uninterrupted.out), protocols=protocols, max_new_tokens=8, text_only=True, reader="pillow",
+    )  # fmt: skip
+    assert code == 0
+    for protocol in ("official-qa", "official-prefix", "letter"):
+        result = json.loads((tmp_path / "eval" / f"colours.{protocol}.json").read_text())
+        assert (result["protocol"], result["n"], result["failed"]) == (protocol, 4, 0)
+        assert set(result["controls"]) == {"blank_image", "shuffled_image", "text_only"}
+        assert result["settings"].get("max_new_tokens") == (None if protocol == "official-prefix" else 8)
+    assert len(json.loads((tmp_path / "eval" / "gallery.json").read_text())) == 4
+    with pytest.raises(UsageError, match="--protocol letters; allowed: official-qa"):
+        evaluate_model(
+            "table", data=tmp_path, out=tmp_path / "x.json", arguments=(), checkpoint=Path(uninterrupted.out),
+            protocols=["letters"],
+        )  # fmt: skip
 
 
 def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, tmp_path):

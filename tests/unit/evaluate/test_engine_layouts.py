@@ -19,6 +19,8 @@ from megatron_medgpt.data.text import train_tokenizer
 HERE = Path(__file__).parent
 TWO_RANKS = ("1,2,1,2", "1,1,1", "2,1,2")
 FOUR_RANKS = ("2,2,2",)
+RESUMED = "1,1,1"
+"""Goes on with the answers that a run in one process left behind."""
 LAYOUTS = (*TWO_RANKS, *FOUR_RANKS)
 
 
@@ -48,6 +50,15 @@ def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s
             process.wait()
 
 
+def leave_unfinished(finished: Path, begun: Path) -> None:
+    """The answers file of a run that was killed: some lines, the last of them cut in two."""
+    begun.mkdir()
+    for note in finished.glob("*.answers.json"):
+        (begun / note.name).write_bytes(note.read_bytes())
+        lines = note.with_suffix(".jsonl").read_bytes().splitlines(keepends=True)
+        (begun / note.name).with_suffix(".jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
@@ -64,6 +75,7 @@ def folder(tmp_path_factory):
     run_ranks(1, folder, ("1,1,1",))
     (folder / "1,1,1-rank0.json").rename(folder / "single.json")
     (folder / "1,1,1").rename(folder / "single")
+    leave_unfinished(folder / "single", folder / RESUMED)
     run_ranks(2, folder, TWO_RANKS)
     run_ranks(4, folder, FOUR_RANKS)
     return folder
@@ -105,6 +117,15 @@ def test_written_answers_equal_the_single_process(folder, layout):
     assert len({text for error, text in single.values() if not error}) > 1
     assert sum(error is None for error, _ in single.values()) >= 16
     assert split == single
+
+
+def test_a_run_on_two_ranks_goes_on_with_what_one_rank_has_answered(folder):
+    begun = (folder / "single" / "letter.answers.jsonl").read_bytes().splitlines()[:9]
+    lines = (folder / RESUMED / "letter.answers.jsonl").read_bytes().splitlines()
+    assert lines[:9] == begun
+    asked_again = [json.loads(line)["question_id"] for line in lines[9:]]
+    kept = [json.loads(line) for line in begun]
+    assert not {row["question_id"] for row in kept if "error" not in row} & set(asked_again)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -143,9 +143,7 @@ def test_broken_pictures_are_not_the_servers_fault(server, tmp_path, monkeypatch
 def test_half_a_surrogate_pair_is_kept_as_its_escape(server, tmp_path):
     folder = omnimedvqa_folder(tmp_path / "set", num_questions=2)
     server.state["answer"] = lambda number, attempt: reply("A \ud83d")
-    run_eval(
-        "phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=()
-    )
+    run_eval("phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=())
     again, _ = read_predictions(tmp_path / "o.answers.jsonl")
     assert {answer.text for answer in again.values()} == {"A \ud83d"}
 

@@ -179,11 +179,24 @@ def evaluate(
     hf: Annotated[Path | None, typer.Option(help="A Hugging Face folder.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="An OpenAI-compatible URL.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of the checkpoint; its run folder's by default.")] = None,
-    protocol: Annotated[str, typer.Option(help="chat-likelihood, official-prefix, official-qa or letter.")] = (
-        "chat-likelihood"
-    ),
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="chat-likelihood, official-prefix, official-qa, letter or short-answer; several with commas."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only N questions, evenly spread.")] = None,
     controls: Annotated[bool, typer.Option(help="Also ask with a blank and with a shuffled image.")] = True,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Also ask without any image.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Limit of a written answer: 64 for a checkpoint, 1024 otherwise.")
+    ] = None,
+    reasoning_effort: Annotated[str | None, typer.Option(help="low, medium or high, of --hf or --endpoint.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of an endpoint that serves several.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.")] = 16,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MEDGPT_API_KEY", show_default=False, help="Of an endpoint that wants one.")
+    ] = None,
     nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
     tensor: Annotated[int, typer.Option(help="Tensor-parallel degree for a checkpoint.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Pipeline-parallel degree for a checkpoint.")] = 1,
@@ -194,6 +207,8 @@ def evaluate(
     """Ask a model the questions of a task and score its answers under a named protocol.
 
     Example: `medgpt eval omnimedvqa --data OmniMedVQA --checkpoint runs/a --out runs/a/eval/omnimedvqa.json`
+
+    With several protocols the model is loaded once and NAME.json becomes NAME.PROTOCOL.json for each.
     """
     from megatron_medgpt.config.schema import ParallelConfig
     from megatron_medgpt.evaluate.run import evaluate_model
@@ -208,12 +223,18 @@ def evaluate(
         endpoint=endpoint,
         tokenizer=tokenizer,
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert),
-        protocol=protocol,
+        protocols=protocol or ["chat-likelihood"],
         limit=limit,
         controls=controls,
+        text_only=text_only,
         num_ranks=nproc,
         sequence_length=sequence_length,
         reader=reader,
+        max_new_tokens=max_new_tokens,
+        reasoning_effort=reasoning_effort,
+        model=model,
+        concurrency=concurrency,
+        api_key=api_key,
     )
     raise typer.Exit(code)
 
@@ -225,6 +246,7 @@ def score(
     predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "prediction"}.')],
     out: Out,
     protocol: Annotated[str, typer.Option(help="official-qa, letter or short-answer.")] = "letter",
+    against: Annotated[Path | None, typer.Option(help="Evaluation file of another run, for a paired test.")] = None,
 ) -> None:
     """Score predictions that any model has made.
 
@@ -232,8 +254,14 @@ def score(
     """
     from megatron_medgpt.evaluate.score import score as score_predictions
 
-    result = score_predictions(task, data, predictions, protocol, out)
+    result = score_predictions(task, data, predictions, protocol, out, against=against)
     typer.echo(f"{result['correct']}/{result['n']} = {result['accuracy']:.4f}; written to {out}")
+    if against is not None:
+        paired = result["paired"]
+        typer.echo(
+            f"against {paired['against']}: {paired['difference']:+.4f}; right here alone {paired['only_second']}, "
+            f"there alone {paired['only_first']}, p = {paired['p_value']:.3g} (McNemar, exact)"
+        )
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_medgpt.checkpoint.manifest import (
+    BEST,
     LATEST,
     MANIFEST,
     STEP_NAME,
@@ -19,6 +20,7 @@ from megatron_medgpt.checkpoint.manifest import (
     altered_files,
     check_listing,
     listed,
+    pointed_at,
     read_manifest,
     step_folder_name,
     step_folders,
@@ -68,7 +70,8 @@ def find_latest(folder: Path | str, *, timeout_s: float = 1800.0) -> Path | None
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The checkpoint folder meant by what people have at hand: itself, a run, its ``checkpoints`` or their ``latest``.
+    """The checkpoint folder meant by what people have at hand: itself, a run, its ``checkpoints``, their ``latest`` or
+    ``best``.
 
     A folder of checkpoints means its newest whole one (``find_latest``). Collective where torch.distributed runs.
 
@@ -78,6 +81,10 @@ def resolve_checkpoint(path: Path | str) -> Path:
     path = Path(path).absolute()
     if (path / MANIFEST).is_file():
         return path
+    if path.name == BEST and (best := pointed_at(path.parent, BEST)) is not None:
+        if (path.parent / best / MANIFEST).is_file():
+            return path.parent / best
+        raise UsageError(f"{path} names {best}, which is not there; name a step-NNNNNNNN folder")
     folder = path.parent if path.name == LATEST else path
     for candidate in (folder, folder / "checkpoints"):
         if (newest := find_latest(candidate)) is not None:

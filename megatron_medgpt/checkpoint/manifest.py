@@ -22,6 +22,7 @@ from megatron_medgpt.config.errors import UsageError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 STEP_NAME = re.compile(r"step-(\d{8,})")
 _HASH_CHUNK_BYTES = 4 << 20
 
@@ -81,6 +82,12 @@ def step_folders(folder: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def pointed_at(folder: Path, name: str) -> str | None:
+    """Name of the checkpoint that ``latest`` or ``best`` names; None where there is no such file."""
+    pointer = folder / name
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -23,12 +23,14 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_medgpt.checkpoint.manifest import (
+    BEST,
     LATEST,
     CheckpointFacts,
     FileEntry,
     check_listing,
     flush,
     hash_file,
+    pointed_at,
     read_manifest,
     step_folder_name,
     step_folders,
@@ -42,7 +44,7 @@ from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 log = logging.getLogger(__name__)
 
 _SPACE_MARGIN = 1.1
-_LEFTOVER = re.compile(rf"\.(tmp-|trash-|{LATEST}\.).*")
+_LEFTOVER = re.compile(rf"\.(tmp-|trash-|{LATEST}\.|{BEST}\.).*")
 
 
 def save_checkpoint(
@@ -53,6 +55,7 @@ def save_checkpoint(
     *,
     rank_state: Mapping[str, Any] | None = None,
     keep: int = 0,
+    is_best: bool = False,
     parallel_group: torch.distributed.ProcessGroup | None = None,
     timeout_s: float = 1800.0,
 ) -> Path:
@@ -64,7 +67,9 @@ def save_checkpoint(
         sharded_state: nested dict of megatron-core sharded tensors (``state.model_state``, ``state.full_state``).
         facts: where the run stands, equal on all ranks; ``versions`` is filled in here when empty.
         rank_state: JSON values of this rank (its random states), kept in a file of its own.
-        keep: newest checkpoints to keep after this one is published; ends of stages are kept besides; 0 keeps all.
+        keep: newest checkpoints to keep after this one is published; ends of stages and the best one are kept besides;
+            0 keeps all.
+        is_best: move ``best`` to it as well.
         parallel_group: ranks that hold copies of one another's tensors (the data-parallel group). When given they
             share the writing; otherwise the first of them writes alone.
         timeout_s: a rank still inside after this ends with ``ranks.EXIT_HUNG``.
@@ -83,7 +88,7 @@ def save_checkpoint(
         try:
             _reached("staging folder made")
             files = _write(staging, sharded_state, rank_state, parallel_group)
-            published = on_first_rank(lambda: _publish(folder, staging, facts, files))
+            published = on_first_rank(lambda: _publish(folder, staging, facts, files, is_best))
         except MedgptError:
             _discard(staging)
             raise
@@ -101,7 +106,7 @@ def save_checkpoint(
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
-    """Remove whole checkpoints older than the newest ``keep`` whole ones, but never the end of a stage.
+    """Remove whole checkpoints older than the newest ``keep`` whole ones, but never the end of a stage or the best.
 
     A folder that is not whole (by its manifest and its files' sizes) counts for nothing and is left for a person.
     """
@@ -114,7 +119,8 @@ def prune(folder: Path, keep: int) -> list[Path]:
             log.warning("not counted and not removed: %s", error)
             continue
         whole.append((path, manifest.facts.stage_end))
-    removed = [path for path, stage_end in whole[max(keep, 1) :] if not stage_end]
+    best = pointed_at(folder, BEST)
+    removed = [path for path, stage_end in whole[max(keep, 1) :] if not stage_end and path.name != best]
     for path in removed:
         trash = folder / f".trash-{path.name}.{uuid.uuid4().hex[:8]}"
         os.rename(path, trash)
@@ -191,8 +197,10 @@ def _write(
     return files
 
 
-def _publish(folder: Path, staging: Path, facts: CheckpointFacts, files: dict[str, FileEntry]) -> Path:
-    """On rank 0: manifest, flush, rename, flush, latest."""
+def _publish(
+    folder: Path, staging: Path, facts: CheckpointFacts, files: dict[str, FileEntry], is_best: bool
+) -> Path:  # fmt: skip
+    """On rank 0: manifest, flush, rename, flush, latest, best."""
     target = folder / step_folder_name(facts.step)
     manifest = write_manifest(staging, facts, files)
     check_listing(staging, manifest)
@@ -201,14 +209,21 @@ def _publish(folder: Path, staging: Path, facts: CheckpointFacts, files: dict[st
     os.rename(staging, target)
     flush(folder)
     _reached("renamed")
-    pointer = folder / f".{LATEST}.{uuid.uuid4().hex[:8]}"
-    write_durably(pointer, (target.name + "\n").encode())
-    _reached("latest written aside")
-    os.replace(pointer, folder / LATEST)
-    flush(folder)
+    _point(folder, LATEST, target)
+    if is_best:
+        _point(folder, BEST, target)
     total = sum(entry.size_bytes for entry in files.values())
     log.info("saved %s (%d files, %.1f MB)", target, len(files), total / 1e6)
     return target
+
+
+def _point(folder: Path, name: str, target: Path) -> None:
+    """Let ``latest`` or ``best`` name a checkpoint; a reader finds the old name or the new one."""
+    pointer = folder / f".{name}.{uuid.uuid4().hex[:8]}"
+    write_durably(pointer, (target.name + "\n").encode())
+    _reached(f"{name} written aside")
+    os.replace(pointer, folder / name)
+    flush(folder)
 
 
 def _discard(staging: Path) -> None:

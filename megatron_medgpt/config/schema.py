@@ -254,13 +254,46 @@ class OptimizerConfig:
             )
 
 
+VALIDATION_METRICS = ("validation_loss", "validation_ppl", "option_accuracy", "option_loss")
+"""Figures of a validation. ``option_accuracy/NAME`` is the accuracy of one modality or kind of question."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a validation figure is a loss, or a share of right answers."""
+    return not metric.startswith("option_accuracy")
+
+
+def _check_metric(field_name: str, metric: str | None, stage: StageConfig) -> None:
+    """Refuse a figure that no validation of the stage has."""
+    if metric is None:
+        return
+    known = metric in VALIDATION_METRICS or metric.startswith("option_accuracy/")
+    _require(known, f"{field_name}={metric!r}; allowed: {', '.join(VALIDATION_METRICS)}, option_accuracy/NAME")
+    at = f"stages.{stage.name}"
+    _require(stage.validation_interval > 0, f"{field_name}={metric} needs {at}.validation_interval > 0")
+    of_questions = metric.startswith("option_")
+    given = stage.questions is not None if of_questions else bool(stage.validation_data)
+    _require(given, f"{field_name}={metric} needs {at}.{'questions' if of_questions else 'validation_data'}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExitConfig:
-    """Ends a stage before ``num_steps`` when a validation figure is reached (checked at every validation)."""
+    """Ends a stage before ``num_steps`` by a validation figure (checked at every validation)."""
 
-    metric: Literal["validation_loss", "option_accuracy"] | None = None
-    threshold: float = 0.0
-    """At most this loss, or at least this accuracy."""
+    metric: str | None = None
+    """One of ``VALIDATION_METRICS``, or ``option_accuracy/NAME``."""
+    threshold: float | None = None
+    """The stage ends at this loss or less, or at this accuracy or more; never by it when not given."""
+    patience: int = 0
+    """The stage ends after this many validations in a row without a new best; never by it when 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 0, f"exit.patience={self.patience} must be 0 or more")
+        _require(
+            self.metric is None or self.threshold is not None or self.patience > 0,
+            f"exit.metric={self.metric} ends nothing; set exit.threshold or exit.patience",
+        )
+        _require(self.metric is not None or self.patience == 0, f"exit.patience={self.patience} needs exit.metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +322,15 @@ class StageConfig:
     validation_rows: int = 16
     """Packed rows of one validation, the same ones every time."""
     questions: str | None = None
-    """OmniMedVQA-format folder whose option-likelihood accuracy is measured at each validation."""
+    """Folder (or table) of an evaluation set whose option-likelihood accuracy is measured at each validation."""
+    question_task: str = "omnimedvqa"
+    """Which set it is, by the name that ``medgpt eval`` knows it by."""
+    question_protocol: Literal["chat-likelihood", "official-prefix"] = "chat-likelihood"
     num_questions: int = 64
+    """Evenly spread over the set, the same ones every time."""
+    best_by: str | None = None
+    """A validation figure (as ``exit.metric``): the checkpoint of the best validation is written and kept, and
+    ``checkpoints/best`` names it."""
     router_balance_coefficient: float = 0.0
     router_z_coefficient: float = 0.0
     exit: ExitConfig = field(default_factory=ExitConfig)
@@ -311,9 +351,12 @@ class StageConfig:
             f"{at}.experts=packed: packed experts do not learn; add experts to {at}.frozen, or set it to plain",
         )
         _require(
-            self.exit.metric is None or self.validation_interval > 0,
-            f"{at}.exit.metric={self.exit.metric} needs {at}.validation_interval > 0",
+            self.question_protocol in ("chat-likelihood", "official-prefix"),
+            f"{at}.question_protocol={self.question_protocol!r}; allowed: chat-likelihood, official-prefix",
         )
+        _positive(at, num_questions=self.num_questions)
+        _check_metric(f"{at}.exit.metric", self.exit.metric, self)
+        _check_metric(f"{at}.best_by", self.best_by, self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,9 +37,9 @@ def run_eval(
 
     Beside ``NAME.json`` stand ``NAME.answers.jsonl`` (and one per control), written as answers come: the same call
     after a kill answers only what is missing. With several ranks all of them call this, the engine's ``answers`` yields
-    the same on each, and one has ``writes=True``. ``limit`` takes an evenly spread sample.
-    ``report(what, done, total)`` is called as answers come. The blank picture has the mean colour of the engine's own
-    encoder where the engine knows it (``engine.image``), CLIP's otherwise.
+    the same on each, rank 0 has ``writes=True`` and says what is answered already (``engine.from_first_rank``).
+    ``limit`` takes an evenly spread sample. ``report(what, done, total)`` is called as answers come. The blank picture
+    has the mean colour of the engine's own encoder where the engine knows it (``engine.image``), CLIP's otherwise.
 
     Returns the evaluation file's content and the items without control.
 
@@ -61,6 +61,7 @@ def run_eval(
         results[name] = score_answers(task, answers, protocol)
     summary, items = results.pop("")
     summary["engine"] = engine.description
+    summary["settings"] = _settings(engine, protocol)
     summary["controls"] = {name: control["accuracy"] for name, (control, _) in results.items()}
     summary["controls_ci95"] = {name: control["ci95"] for name, (control, _) in results.items()}
     summary["controls_failed"] = {name: control["failed"] for name, (control, _) in results.items()}
@@ -93,9 +94,13 @@ def _answers(
     report: Callable[[str, int, int], None] | None,
 ) -> dict[str, Prediction]:
     path = out.with_suffix(f".{control}.answers.jsonl" if control else ".answers.jsonl")
+    begun: tuple[dict[str, Prediction], str | None] = ({}, None)
     if writes:
-        _same_work(path, _identity(engine, questions, protocol, control))
-    answers, _ = read_predictions(path, resuming=True)
+        begun = _begun(path, _identity(engine, questions, protocol, control))
+    answers, refusal = getattr(engine, "from_first_rank", _as_it_is)(begun)
+    if refusal is not None:
+        raise UsageError(refusal)
+    answers = dict(answers)
     open_questions = [q for q in questions if q.question_id not in answers or answers[q.question_id].error]
     if not writes:
         return answers | {p.question_id: p for p in engine.answers(open_questions, protocol)}
@@ -108,26 +113,41 @@ def _answers(
     return answers
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _settings(engine: Engine, protocol: str) -> dict[str, Any]:
+    return engine.settings(protocol) if hasattr(engine, "settings") else {}
+
+
 def _identity(engine: Engine, questions: Sequence[Question], protocol: str, control: str) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps([question.question_id, question.question, question.options]).encode())
     return {
-        "engine": engine.description, "protocol": protocol, "control": control, "questions_sha256": digest.hexdigest()
+        "engine": engine.description, "settings": _settings(engine, protocol), "protocol": protocol,
+        "control": control, "questions_sha256": digest.hexdigest(),
     }  # fmt: skip
 
 
-def _same_work(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue answers that another model or another set began."""
+def _begun(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Prediction], str | None]:
+    """What was answered before, or why it must not be continued: another model or another set began it."""
     note = path.with_suffix(".json")
-    if path.exists() and note.exists():
-        begun = json.loads(note.read_text(encoding="utf-8"))
-        apart = [key for key in identity if begun.get(key) != identity[key]]
-        if apart:
-            raise UsageError(
-                f"{path} was begun with another {' and '.join(apart)} ({begun.get(apart[0])!r}, now "
-                f"{identity[apart[0]]!r}); remove it or give another --out"
-            )
-    else:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    try:
+        if path.exists() and note.exists():
+            begun = json.loads(note.read_text(encoding="utf-8"))
+            apart = [key for key in identity if begun.get(key) != identity[key]]
+            if apart:
+                return {}, (
+                    f"{path} was begun with another {' and '.join(apart)} ({begun.get(apart[0])!r}, now "
+                    f"{identity[apart[0]]!r}); remove it or give another --out"
+                )
+        else:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        return read_predictions(path, resuming=True)[0], None
+    except UsageError as error:
+        return {}, str(error)
+    except (OSError, ValueError) as error:
+        return {}, f"{path} cannot be continued ({error}); remove it and {note.name}, or give another --out"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import IMAGE_MARK, Tokenizer, Turn
 from megatron_medgpt.evaluate.scorers import prompt
 from megatron_medgpt.evaluate.scorers.official import prefix_continuation
 from megatron_medgpt.evaluate.tasks.question import Question
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_medgpt.data.pixels import PixelSource
 
 Scored = tuple[np.ndarray, tuple[tuple[int, int], ...]]
 """Token ids int32 (n,), an image one mark, and the half-open spans of them that are scored."""

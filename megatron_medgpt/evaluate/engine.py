@@ -9,19 +9,23 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.evaluate.documents import encoded_picture
 from megatron_medgpt.evaluate.predictions import Prediction
 from megatron_medgpt.evaluate.scorers import GENERATIVE, prompt
 from megatron_medgpt.evaluate.tasks.question import Question
 
 MAX_NEW_TOKENS = 1024
 """A cap of 64 cut 6,200 of 8,518 answers in one public run of this benchmark; truncations are reported."""
+GIVE_UP_AFTER = 50
+"""Questions in a row that fail by a server's doing, each with its retries, before the rest is left for later."""
 
 
 class Engine(Protocol):
@@ -31,6 +35,9 @@ class Engine(Protocol):
     def description(self) -> str:
         """What answered, for the evaluation file; equal for equal models."""
 
+    def settings(self, protocol: str) -> dict[str, Any]:
+        """What the answers depend on beside the model (token limit, reasoning effort), for the evaluation file."""
+
     def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
         """One prediction per question. An answer that failed carries ``error``; it is not left out."""
 
@@ -39,63 +46,102 @@ class EndpointEngine:
     """An OpenAI-compatible server (vLLM's ``/v1/chat/completions``), greedy.
 
     ``reasoning_effort`` is sent as such (GPT-oss takes low, medium, high). A failing request is tried ``retries`` times
-    with growing pauses; then the question counts as wrong, with the reason.
+    with growing pauses; then the question counts as wrong, with the reason. When ``GIVE_UP_AFTER`` questions in a row
+    have failed, the server is taken to be gone.
     """
 
     def __init__(
         self, url: str, *, model: str | None = None, concurrency: int = 16, retries: int = 4, timeout_s: float = 300,
         max_new_tokens: int = MAX_NEW_TOKENS, reasoning_effort: str | None = None, pause_s: float = 1.0,
+        api_key: str | None = None,
     ) -> None:  # fmt: skip
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--endpoint {url}: must begin with http:// or https://")
+        if concurrency < 1:
+            raise UsageError(f"--concurrency {concurrency} must be at least 1")
         self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
         self.concurrency, self.retries, self.timeout_s, self.pause_s = concurrency, retries, timeout_s, pause_s
         self.max_new_tokens, self.reasoning_effort = max_new_tokens, reasoning_effort
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self.model = self._served(model)
 
     @property
     def description(self) -> str:
-        return f"endpoint {self.url} model {self.model} reasoning_effort {self.reasoning_effort}"
+        return f"endpoint {self.url} model {self.model}"
+
+    def settings(self, protocol: str) -> dict[str, Any]:
+        return _settings(self.max_new_tokens, self.reasoning_effort)
 
     def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        """One prediction per question, in the order in which the server answers.
+
+        Raises:
+            WorkError: the server no longer answers, or is another model, for ``GIVE_UP_AFTER`` questions in a row.
+        """
         _require_generative(protocol, "an endpoint")
+        waiting, running, failed_in_a_row = iter(questions), set[Future](), 0
         with ThreadPoolExecutor(self.concurrency) as pool:
-            # A bounded window: a killed run then loses at most that many answers, and images are read late.
-            step = 4 * self.concurrency
-            for start in range(0, len(questions), step):
-                yield from pool.map(lambda q: self._answer(q, protocol), questions[start : start + step])
+            try:
+                while True:
+                    # A bounded window: images are read late, and a killed run loses at most that many answers.
+                    for question in islice(waiting, 2 * self.concurrency - len(running)):
+                        running.add(pool.submit(self._answer, question, protocol))
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        prediction, is_its_fault = future.result()
+                        failed_in_a_row = failed_in_a_row + 1 if is_its_fault else 0
+                        yield prediction
+                        if failed_in_a_row == GIVE_UP_AFTER:
+                            raise WorkError(
+                                f"--endpoint {self.url}: {GIVE_UP_AFTER} questions in a row failed, the last with: "
+                                f"{prediction.error}. What was answered is kept; the same command asks the rest"
+                            )
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _served(self, model: str | None) -> str:
         """The model to ask for; the server's own name where none is given, refused where it serves others."""
-        served = [entry["id"] for entry in self._call("/models", None)["data"]]
+        try:
+            served = [str(entry["id"]) for entry in self._call("/models", None)["data"]]
+        except (KeyError, TypeError):
+            raise WorkError(f"--endpoint {self.url}/models does not answer as an OpenAI-compatible server") from None
         if model is None and len(served) == 1:
             return served[0]
         if model not in served:
             raise UsageError(f"--endpoint {self.url} serves {', '.join(served)}, not {model}; name one of them")
         return model
 
-    def _answer(self, question: Question, protocol: str) -> Prediction:
+    def _answer(self, question: Question, protocol: str) -> tuple[Prediction, bool]:
+        """The prediction, and whether it failed by the server's doing."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt(protocol, question)}]
         try:
             if question.image is not None:
-                content.insert(0, {"type": "image_url", "image_url": {"url": data_url(question.image_bytes())}})
-            body: dict[str, Any] = {
-                "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
-                "max_tokens": self.max_new_tokens,
-            }  # fmt: skip
-            if self.reasoning_effort is not None:
-                body["reasoning_effort"] = self.reasoning_effort
+                content.insert(0, {"type": "image_url", "image_url": {"url": data_url(encoded_picture(question))}})
+        except UsageError as error:
+            return Prediction(question_id=question.question_id, error=str(error)), False
+        body: dict[str, Any] = {
+            "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
+            "max_tokens": self.max_new_tokens,
+        }  # fmt: skip
+        if self.reasoning_effort is not None:
+            body["reasoning_effort"] = self.reasoning_effort
+        try:
             reply = self._call("/chat/completions", body)
             if reply.get("model") not in (None, self.model):
                 raise WorkError(f"asked for {self.model}, answered by {reply['model']}")
             choice = reply["choices"][0]
-            return Prediction(
-                question_id=question.question_id,
-                text=choice["message"]["content"] or "",
-                truncated=choice.get("finish_reason") == "length",
-            )
-        except (UsageError, WorkError, KeyError, IndexError, TypeError) as error:
-            return Prediction(question_id=question.question_id, error=f"{type(error).__name__}: {error}")
+            text, end = choice["message"]["content"], choice.get("finish_reason")
+        except WorkError as error:
+            return Prediction(question_id=question.question_id, error=str(error)), True
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            why = f"not a reply of chat completions ({type(error).__name__}: {error})"
+            return Prediction(question_id=question.question_id, error=why), True
+        prediction = Prediction(question_id=question.question_id, text=text or "", truncated=end == "length")
+        return prediction, False
 
     def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -103,7 +149,7 @@ class EndpointEngine:
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.pause_s * 2 ** (attempt - 1))
-            request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+            request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return json.load(response)
@@ -137,7 +183,10 @@ class HuggingFaceEngine:
 
     @property
     def description(self) -> str:
-        return f"transformers {self.folder.name} reasoning_effort {self.reasoning_effort}"
+        return f"transformers {self.folder.name}"
+
+    def settings(self, protocol: str) -> dict[str, Any]:
+        return _settings(self.max_new_tokens, self.reasoning_effort)
 
     def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
         _require_generative(protocol, "a Hugging Face folder")
@@ -182,6 +231,11 @@ class HuggingFaceEngine:
                 text=text.split(pad)[0] if pad else text,
                 truncated=not ends.intersection(ids),
             )
+
+
+def _settings(max_new_tokens: int, reasoning_effort: str | None) -> dict[str, Any]:
+    effort = "the model's default" if reasoning_effort is None else reasoning_effort
+    return {"greedy": True, "max_new_tokens": max_new_tokens, "reasoning_effort": effort}
 
 
 def data_url(image: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.forward import LayoutForward
 from megatron_medgpt.evaluate.generate import GreedyEngine
 from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
+from megatron_medgpt.evaluate.predictions import Prediction
+from megatron_medgpt.evaluate.scorers import GENERATIVE
+from megatron_medgpt.evaluate.tasks.question import Question
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel.groups import World, build_groups
 from megatron_medgpt.parallel.plan import make_layout
@@ -55,7 +60,31 @@ def image_spec(model: ModelConfig) -> ImageSpec:
     return ImageSpec(size_px=vision.image_size_px, mean=vision.mean, std=vision.std, num_tokens=model.tokens_per_image)
 
 
-def open_likelihood_engine(
+class CheckpointEngine:
+    """A checkpoint's model that answers under every protocol, by option likelihoods or in writing; loaded once.
+
+    All ranks call ``answers`` together and get the same.
+    """
+
+    def __init__(self, forward: LayoutForward, likelihood: LikelihoodEngine, greedy: GreedyEngine, name: str) -> None:
+        self.description, self.image = f"checkpoint {name}", likelihood.image
+        self._forward, self._likelihood, self._greedy = forward, likelihood, greedy
+
+    def settings(self, protocol: str) -> dict[str, Any]:
+        return self._of(protocol).settings
+
+    def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        return self._of(protocol).answers(questions, protocol)
+
+    def from_first_rank(self, value: Any) -> Any:
+        """What rank 0 gives, on all ranks."""
+        return self._forward.from_first_rank(value)
+
+    def _of(self, protocol: str) -> LikelihoodEngine | GreedyEngine:
+        return self._greedy if protocol in GENERATIVE else self._likelihood
+
+
+def open_checkpoint(
     path: Path,
     world: World,
     *,
@@ -64,47 +93,32 @@ def open_likelihood_engine(
     sequence_length: int = 1024,
     reader: str = "auto",
     num_rows: int = 2,
-) -> LikelihoodEngine:
-    """Load a checkpoint into ``parallel`` (data parallelism alone when not given) and make it answer. Collective."""
+    questions_per_batch: int = 16,
+    max_new_tokens: int = 64,
+) -> CheckpointEngine:
+    """Load a checkpoint of any layout into ``parallel`` (data parallelism alone when not given) and make it answer.
+    Collective.
+
+    Args:
+        sequence_length: positions that a question with its options, or its answer, may have.
+        num_rows: rows of that length in a batch of options.
+        questions_per_batch: answers that are written side by side on a data-parallel rank.
+    """
     checkpoint = resolve_checkpoint(path)
     facts = read_facts(checkpoint)
     model = model_of(facts)
     words = find_tokenizer(checkpoint, tokenizer, facts)
     chunks, groups = load_model(checkpoint, model, world, parallel)
-    return LikelihoodEngine(
-        LayoutForward(chunks, groups, world.device), tokenizer=words, image=image_spec(model),
-        sequence_length=sequence_length, num_rows=num_rows, reader=reader,
-        description=f"checkpoint {checkpoint.name}",
+    forward, image = LayoutForward(chunks, groups, world.device), image_spec(model)
+    source = PixelSource(image, reader=reader)  # type: ignore[arg-type]  # PixelSource names the readers it allows
+    likelihood = LikelihoodEngine(
+        forward, tokenizer=words, image=image, sequence_length=sequence_length, num_rows=num_rows, source=source
+    )
+    greedy = GreedyEngine(
+        forward, tokenizer=words, image=image, sequence_length=sequence_length,
+        questions_per_batch=questions_per_batch, max_new_tokens=max_new_tokens, source=source,
     )  # fmt: skip
-
-
-def open_greedy_engine(
-    path: Path,
-    world: World,
-    *,
-    tokenizer: Path | None = None,
-    sequence_length: int = 1024,
-    max_new_tokens: int = 64,
-    reader: str = "auto",
-) -> GreedyEngine:
-    """Load a checkpoint of any layout whole into this one process and make it write answers.
-
-    Raises:
-        UsageError: started on more than one rank.
-    """
-    if world.size > 1:
-        raise UsageError(f"written answers of a checkpoint need one process, not {world.size}; leave --nproc at 1")
-    checkpoint = resolve_checkpoint(path)
-    facts = read_facts(checkpoint)
-    model = model_of(facts)
-    words = find_tokenizer(checkpoint, tokenizer, facts)
-    chunks, _ = load_model(checkpoint, model, world)
-    whole = chunks[0].eval()
-    return GreedyEngine(
-        lambda batch: whole(batch.to(world.device), want="logits"), tokenizer=words, image=image_spec(model),
-        sequence_length=sequence_length, max_new_tokens=max_new_tokens, reader=reader,
-        description=f"checkpoint {checkpoint.name}",
-    )  # fmt: skip
+    return CheckpointEngine(forward, likelihood, greedy, checkpoint.name)
 
 
 def load_model(

@@ -50,10 +50,8 @@ class GreedyEngine:
         questions_per_batch: int = 16,
         max_new_tokens: int = 64,
         reader: str = "auto",
-        description: str = "checkpoint",
         source: PixelSource | None = None,
     ) -> None:
-        self.description = f"{description}, greedy, at most {max_new_tokens} new tokens"
         self.settings = {"greedy": True, "max_new_tokens": max_new_tokens, "reasoning_effort": "none"}
         self.image = image
         self._forward, self._tokenizer = forward, tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.documents import Scored, option_documents
+from megatron_medgpt.evaluate.engine import HuggingFaceEngine
 from megatron_medgpt.evaluate.predictions import Prediction
-from megatron_medgpt.evaluate.scorers import LIKELIHOOD
+from megatron_medgpt.evaluate.scorers import GENERATIVE, LIKELIHOOD
 from megatron_medgpt.evaluate.tasks.question import Question
 from megatron_medgpt.types import ImageSpec
 
@@ -28,9 +30,12 @@ class HuggingFaceLikelihoodEngine:
     Args:
         folder: what ``medgpt convert megatron-to-hf`` wrote.
         dtype: to load the weights in; the folder's own when not given.
+        model: the folder's model where it is loaded already.
     """
 
-    def __init__(self, folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None, model: Any = None
+    ) -> None:  # fmt: skip
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UsageError(f"--hf {folder}: no config.json there; give the folder that convert wrote")
@@ -38,12 +43,16 @@ class HuggingFaceLikelihoodEngine:
         self._device = torch.device(device)
         self._tokenizer = Tokenizer.load(folder)
         self._pictures = AutoProcessor.from_pretrained(folder).image_processor
-        self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()
+        self._model = model or AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+        self._model.to(device).eval()
         vision = self._model.config.vision_config
         self.image = ImageSpec(
             size_px=vision.image_size, mean=tuple(self._pictures.image_mean), std=tuple(self._pictures.image_std),
             num_tokens=self._model.config.image_seq_length,
         )  # fmt: skip
+
+    def settings(self, protocol: str) -> dict[str, Any]:
+        return {}
 
     def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
         """One prediction per question; one whose picture cannot be read carries ``error``.
@@ -96,3 +105,21 @@ class HuggingFaceLikelihoodEngine:
             is_target[start:end] = True
         repeats = np.where(ids == self._tokenizer.image_mark_id, self.image.num_tokens, 1)
         return np.repeat(ids.astype(np.int64), repeats), np.repeat(is_target, repeats)
+
+
+class HuggingFaceFolderEngine:
+    """A Hugging Face folder that answers under every protocol, by option likelihoods or in writing; loaded once."""
+
+    def __init__(self, folder: Path | str, **settings: Any) -> None:
+        self._greedy = HuggingFaceEngine(folder, **settings)
+        self._likelihood = HuggingFaceLikelihoodEngine(folder, model=self._greedy.model)
+        self.description, self.image = self._greedy.description, self._likelihood.image
+
+    def settings(self, protocol: str) -> dict[str, Any]:
+        return self._of(protocol).settings(protocol)
+
+    def answers(self, questions: Sequence[Question], protocol: str) -> Iterator[Prediction]:
+        return self._of(protocol).answers(questions, protocol)
+
+    def _of(self, protocol: str) -> HuggingFaceEngine | HuggingFaceLikelihoodEngine:
+        return self._greedy if protocol in GENERATIVE else self._likelihood

@@ -88,7 +88,6 @@ class LikelihoodEngine:
         num_rows: int = 1,
         batches_per_call: int | None = None,
         reader: str = "auto",
-        description: str = "checkpoint",
         source: PixelSource | None = None,
     ) -> None:
         if sequence_length % forward.tensor_size:
@@ -96,7 +95,6 @@ class LikelihoodEngine:
                 f"evaluation rows of {sequence_length} positions cannot be split over {forward.tensor_size} "
                 "tensor ranks"
             )
-        self.description = description
         self.settings: dict[str, Any] = {}
         self.image = image
         self._forward, self._tokenizer = forward, tokenizer

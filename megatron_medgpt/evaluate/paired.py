@@ -49,6 +49,31 @@ def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> dict[str, 
     }
 
 
+def compare_with(other: Path | str, summary: Mapping[str, Any], verdicts: Mapping[str, bool]) -> dict[str, Any]:
+    """Paired comparison of a finished evaluation (first) with one in memory (second).
+
+    Raises:
+        UsageError: ``other`` is no evaluation file, or of another task, protocol or set of questions.
+    """
+    other = Path(other)
+    try:
+        finished = json.loads(other.read_text(encoding="utf-8"))
+        apart = [key for key in ("task", "protocol") if finished[key] != summary[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--against {other}: not an evaluation file ({type(error).__name__}: {error})") from None
+    if apart:
+        raise UsageError(
+            f"--against {other} has {apart[0]} {finished[apart[0]]}, this run {summary[apart[0]]}; "
+            "only figures of one task and protocol can be compared"
+        )
+    return {"against": other.name} | compare(read_verdicts(items_path(other)), verdicts)
+
+
+def items_path(out: Path | str) -> Path:
+    """Where the verdicts of single questions stand beside an evaluation file."""
+    return Path(out).with_suffix(".items.jsonl")
+
+
 def read_verdicts(path: Path | str) -> dict[str, bool]:
     """``{question_id: right}`` of an ``*.items.jsonl`` file that an evaluation wrote beside its result."""
     verdicts = {}

@@ -77,7 +77,8 @@ class AnswerFile:
             whole = len(_whole_lines(self.path).encode("utf-8"))
             if whole != self.path.stat().st_size:
                 os.truncate(self.path, whole)
-        self._file = self.path.open("a", encoding="utf-8")
+        # Half a surrogate pair, which servers do send, becomes its JSON escape.
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, predictions: Iterable[Prediction]) -> None:
         for prediction in predictions:

@@ -1,17 +1,34 @@
-"""``medgpt eval`` and ``medgpt score``: from the command line to an evaluation file."""
+"""``medgpt eval``: from the command line to evaluation files, one for each protocol."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import ParallelConfig
-from megatron_medgpt.evaluate.scorers import GENERATIVE, LIKELIHOOD
+from megatron_medgpt.evaluate.scorers import GENERATIVE, PROTOCOLS
 from megatron_medgpt.parallel.launch import launched, run_ranks
+
+CHECKPOINT_NEW_TOKENS = 64
+"""Token limit of a checkpoint's answers: it writes its final words at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is asked, and where the answers go."""
+
+    task: str
+    data: Path
+    out: Path
+    protocols: tuple[str, ...]
+    controls: tuple[str, ...]
+    limit: int | None = None
 
 
 def evaluate_model(
@@ -25,61 +42,101 @@ def evaluate_model(
     endpoint: str | None = None,
     tokenizer: Path | None = None,
     parallel: ParallelConfig | None = None,
-    protocol: str = "chat-likelihood",
+    protocols: Sequence[str] = ("chat-likelihood",),
     limit: int | None = None,
     controls: bool = True,
+    text_only: bool = False,
     num_ranks: int = 1,
     sequence_length: int = 1024,
     reader: str = "auto",
+    max_new_tokens: int | None = None,
+    reasoning_effort: str | None = None,
+    model: str | None = None,
+    concurrency: int = 16,
+    api_key: str | None = None,
 ) -> int:
-    """Ask one model the questions of a task, with controls, and write the evaluation file and a gallery beside it.
+    """Ask one model the questions of a task under one protocol or several, with controls, and write the evaluation
+    files and a gallery beside them.
 
     Args:
+        out: the evaluation file; with several protocols ``NAME.json`` becomes ``NAME.PROTOCOL.json`` for each.
+        protocols: names, or several in one text with commas between.
+        controls: also with a blank and with a shuffled picture. ``text_only``: also without any.
         reader: ``dali`` or ``pillow`` for the pictures of a checkpoint; DALI where it is installed when ``auto``.
+        reasoning_effort: of a Hugging Face folder or an endpoint; a checkpoint answers without thinking.
+        model, concurrency, api_key: of an endpoint.
         arguments: the command line, with which further ranks are started when ``num_ranks`` > 1.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: not exactly one model, or a protocol that it cannot serve.
+        UsageError: not exactly one model, or a protocol or option that it cannot serve.
     """
     given = [name for name, value in (("--checkpoint", checkpoint), ("--hf", hf), ("--endpoint", endpoint)) if value]
     if len(given) != 1:
         raise UsageError(f"eval needs exactly one of --checkpoint, --hf, --endpoint; got {', '.join(given) or 'none'}")
+    evaluation = Evaluation(
+        task=task, data=data, out=out, protocols=_named(protocols, given[0]), limit=limit,
+        controls=(*(("blank_image", "shuffled_image") if controls else ()), *(("text_only",) if text_only else ())),
+    )  # fmt: skip
+    _refuse_unused(given[0], num_ranks, reasoning_effort, model)
     if checkpoint is not None:
-        if protocol in GENERATIVE and num_ranks > 1:
-            raise UsageError(
-                f"--protocol {protocol} writes answers, which a checkpoint does in one process: leave --nproc at 1, or "
-                f"use {' or '.join(LIKELIHOOD)}"
-            )
         if num_ranks > 1 and not launched():
             return run_ranks(arguments, num_ranks)
         _with_checkpoint(
-            task, data, out, checkpoint=checkpoint, tokenizer=tokenizer, parallel=parallel, protocol=protocol,
-            limit=limit, controls=controls, sequence_length=sequence_length, reader=reader,
+            evaluation, checkpoint, tokenizer=tokenizer, parallel=parallel, sequence_length=sequence_length,
+            reader=reader, max_new_tokens=max_new_tokens or CHECKPOINT_NEW_TOKENS,
         )  # fmt: skip
         return 0
-    from megatron_medgpt.evaluate.engine import EndpointEngine, HuggingFaceEngine
+    from megatron_medgpt.evaluate.engine import MAX_NEW_TOKENS, EndpointEngine
 
-    engine: Any
-    if hf is not None and protocol in LIKELIHOOD:
-        from megatron_medgpt.evaluate.hugging_face import HuggingFaceLikelihoodEngine
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS, "reasoning_effort": reasoning_effort
+    }  # fmt: skip
+    if hf is not None:
+        from megatron_medgpt.evaluate.hugging_face import HuggingFaceFolderEngine
 
-        engine = HuggingFaceLikelihoodEngine(hf)
+        _run(evaluation, HuggingFaceFolderEngine(hf, **settings))
     else:
-        engine = HuggingFaceEngine(hf) if hf is not None else EndpointEngine(str(endpoint))
-    _run(task, data, out, engine, protocol=protocol, limit=limit, controls=controls)
+        _run(
+            evaluation,
+            EndpointEngine(str(endpoint), model=model, concurrency=concurrency, api_key=api_key, **settings),
+        )
     return 0
 
 
+def _named(protocols: Sequence[str], engine: str) -> tuple[str, ...]:
+    """Protocol names in order, each once; refused before anything is loaded."""
+    names = [name.strip() for text in protocols for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown or not names:
+        raise UsageError(f"--protocol {', '.join(unknown) or 'is empty'}; allowed: {', '.join(PROTOCOLS)}")
+    unserved = [name for name in names if engine == "--endpoint" and name not in GENERATIVE]
+    if unserved:
+        raise UsageError(
+            f"--protocol {unserved[0]} needs token losses, which an endpoint does not give; "
+            f"allowed: {', '.join(GENERATIVE)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _refuse_unused(engine: str, num_ranks: int, reasoning_effort: str | None, model: str | None) -> None:
+    if reasoning_effort is not None and engine == "--checkpoint":
+        raise UsageError("--reasoning-effort is for --hf and --endpoint; a checkpoint answers without thinking")
+    if model is not None and engine != "--endpoint":
+        raise UsageError(f"--model names the model of an --endpoint; {engine} is one model")
+    if num_ranks > 1 and engine != "--checkpoint":
+        raise UsageError(f"--nproc {num_ranks} is for --checkpoint; {engine} is asked by one process")
+
+
 def _with_checkpoint(
-    task: str, data: Path, out: Path, *, checkpoint: Path, tokenizer: Path | None, parallel: ParallelConfig | None,
-    protocol: str, limit: int | None, controls: bool, sequence_length: int, reader: str,
+    evaluation: Evaluation, checkpoint: Path, *, tokenizer: Path | None, parallel: ParallelConfig | None,
+    sequence_length: int, reader: str, max_new_tokens: int,
 ) -> None:  # fmt: skip
     import torch
 
-    from megatron_medgpt.evaluate.from_checkpoint import open_greedy_engine, open_likelihood_engine
+    from megatron_medgpt.evaluate.from_checkpoint import open_checkpoint
     from megatron_medgpt.observe.log import set_up_log
     from megatron_medgpt.parallel import groups
 
@@ -88,39 +145,37 @@ def _with_checkpoint(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     world = groups.start()
     try:
-        engine: Any
-        if protocol in GENERATIVE:
-            engine = open_greedy_engine(
-                checkpoint, world, tokenizer=tokenizer, sequence_length=sequence_length, reader=reader
-            )
-        else:
-            engine = open_likelihood_engine(
-                checkpoint,
-                world,
-                parallel=parallel,
-                tokenizer=tokenizer,
-                sequence_length=sequence_length,
-                reader=reader,
-            )
-        _run(task, data, out, engine, protocol=protocol, limit=limit, controls=controls, writes=world.is_first)
+        engine = open_checkpoint(
+            checkpoint, world, parallel=parallel, tokenizer=tokenizer, sequence_length=sequence_length, reader=reader,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        _run(evaluation, engine, writes=world.is_first)
     finally:
         groups.stop()
 
 
-def _run(
-    task: str, data: Path, out: Path, engine: Any, *, protocol: str, limit: int | None, controls: bool,
-    writes: bool = True,
-) -> None:  # fmt: skip
-    from megatron_medgpt.evaluate.command import DEFAULT_CONTROLS, run_eval
+def _run(evaluation: Evaluation, engine: Any, *, writes: bool = True) -> None:
+    from megatron_medgpt.evaluate.command import run_eval
     from megatron_medgpt.evaluate.gallery import write_gallery
+    from megatron_medgpt.evaluate.tasks import load_task
 
-    summary, items = run_eval(
-        task, data, out, engine=engine, protocol=protocol, controls=DEFAULT_CONTROLS if controls else (), limit=limit,
-        writes=writes, report=_progress if writes else None,
-    )  # fmt: skip
-    if writes:
-        write_gallery(items, out.parent / "gallery.json")
-        print(_sentence(summary))
+    task = load_task(evaluation.task, evaluation.data)
+    for number, protocol in enumerate(evaluation.protocols):
+        started = time.perf_counter()
+        summary, items = run_eval(
+            task, evaluation.data, result_path(evaluation.out, protocol, of=evaluation.protocols), engine=engine,
+            protocol=protocol, controls=evaluation.controls, limit=evaluation.limit, writes=writes,
+            report=_progress if writes else None,
+        )  # fmt: skip
+        if writes:
+            if number == 0:
+                write_gallery(items, evaluation.out.parent / "gallery.json")
+            print(f"{_sentence(summary)}, {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def result_path(out: Path, protocol: str, *, of: Sequence[str]) -> Path:
+    """The evaluation file of one protocol: ``out`` itself where it is the only one."""
+    return out if len(of) == 1 else out.with_name(f"{out.stem}.{protocol}.json")
 
 
 def _progress(what: str, done: int, total: int) -> None:

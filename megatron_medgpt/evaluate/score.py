@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.evaluate.paired import compare_with, items_path
 from megatron_medgpt.evaluate.predictions import Prediction, read_predictions
 from megatron_medgpt.evaluate.result import Item, summarise
 from megatron_medgpt.evaluate.scorers import LIKELIHOOD, check_protocol, default_protocol, judge_losses, judge_text
@@ -18,15 +19,17 @@ from megatron_medgpt.evaluate.tasks.question import Question, Task
 
 
 def score(
-    task: str, data_dir: Path | str, predictions: Path | str, protocol: str | None = None, out: Path | str | None = None
-) -> dict[str, Any]:
+    task: str, data_dir: Path | str, predictions: Path | str, protocol: str | None = None,
+    out: Path | str | None = None, *, against: Path | str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Score a predictions file against a set and return the evaluation file's content.
 
-    With ``out``, writes it there, and one line per question beside it (``NAME.items.jsonl``, for paired tests).
+    With ``out``, writes it there, and one line per question beside it (``NAME.items.jsonl``, for paired tests). With
+    ``against``, another evaluation file of the same task and protocol, adds ``paired``: that run first, this second.
 
     Raises:
         UsageError: unknown task or protocol, a folder that is not the set's, an empty predictions file, or one of which
-            no id belongs to the set.
+            no id belongs to the set; ``against`` is of another task or protocol, or of other questions.
     """
     loaded = load_task(task, data_dir, check_images=False)
     answers, repeated = read_predictions(predictions)
@@ -42,6 +45,8 @@ def score(
         "given": len(answers), "unknown_ids": len(unknown), "unknown_examples": unknown[:3],
         "repeated_ids": repeated, "missing": len(known - answers.keys()),
     }  # fmt: skip
+    if against is not None:
+        summary["paired"] = compare_with(against, summary, {item.question.question_id: item.correct for item in items})
     if out is not None:
         write_result(out, summary, items)
     return summary
@@ -113,12 +118,7 @@ def write_result(out: Path | str, summary: Mapping[str, Any], items: Sequence[It
     _replace(out, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
-def items_path(out: Path | str) -> Path:
-    """Where the verdicts of single questions stand beside an evaluation file."""
-    return Path(out).with_suffix(".items.jsonl")
-
-
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)

@@ -37,14 +37,14 @@ class RowInfo:
         dtype: of the model.
         attention: implementation (``medgpt_kernels.sink_attention.op.IMPLEMENTATIONS``).
         categories_T: int64 category of every token of this tensor rank's slice in the order s * B + b, for the
-            routers' counts; the last category is padding.
+            routers' counts, the last of them padding; None outside of training.
         branch_ids_BS: see ``MedBatch``.
         cache: filled, or continued, by every layer (``model/cache``).
     """
 
     def __init__(
         self, document_ids_BS: Tensor, position_ids_BS: Tensor, *, inverse_frequencies: Tensor, rope_factor: float,
-        dtype: torch.dtype, attention: str, categories_T: Tensor, num_targets: int,
+        dtype: torch.dtype, attention: str, categories_T: Tensor | None, num_targets: int,
         branch_ids_BS: Tensor | None = None, cache: KeyValueCache | None = None,
     ):  # fmt: skip
         branches = None if branch_ids_BS is None else (branch_ids_BS, position_ids_BS)

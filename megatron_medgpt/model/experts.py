@@ -69,17 +69,21 @@ class Router(MegatronModule):
 
     def forward(self, hidden_SBH: Tensor, padding_mask: Any = None, *_: Any) -> tuple[Tensor, Tensor]:
         """Weights (T, E) with zeros at experts that were not chosen, and the choice (T, E) bool."""
-        hidden_TH = hidden_SBH.flatten(0, -2)
-        logits_TE = F.linear(hidden_TH, self.weight, self.bias)
-        logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        top_TK, experts_TK = logits_TE.topk(self.config.moe_router_topk, dim=-1)
-        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, torch.softmax(top_TK, dim=-1))
+        logits_TE, weights_TK, experts_TK = self.choose(hidden_SBH.flatten(0, -2))
+        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
         if self.training:
             self._count(experts_TK)
         if self.training and torch.is_grad_enabled():
             weights_TE = self._with_losses(weights_TE, logits_TE, chosen_TE)
         return weights_TE.to(hidden_SBH.dtype), chosen_TE
+
+    def choose(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E), weights of the chosen experts (T, K) and which they are (T, K), at least float32."""
+        logits_TE = F.linear(hidden_TH, self.weight, self.bias)
+        logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        top_TK, experts_TK = logits_TE.topk(self.config.moe_router_topk, dim=-1)
+        return logits_TE, torch.softmax(top_TK, dim=-1), experts_TK
 
     def _count(self, experts_TK: Tensor) -> None:
         """Add to the load counts, on the device, once per micro-batch of training (a recomputed forward does not count

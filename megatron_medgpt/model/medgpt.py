@@ -87,7 +87,7 @@ class MedGPT(MegatronModule):
         rows = RowInfo(
             batch.document_ids_BS, batch.position_ids_BS, inverse_frequencies=self.inverse_frequencies,
             rope_factor=self.rope_factor, dtype=self.config.params_dtype, attention=self.attention,
-            categories_T=token_categories(batch, first, end), num_targets=batch.num_targets,
+            categories_T=token_categories(batch, first, end) if self.training else None, num_targets=batch.num_targets,
             branch_ids_BS=batch.branch_ids_BS, cache=cache,
         )  # fmt: skip
         hidden_SBH = self.language.decoder(hidden_states=hidden_SBH, attention_mask=rows)

@@ -73,4 +73,6 @@ def rotate(heads_BSAD: Tensor, cos_sin: Tensor) -> Tensor:
         heads_BSAD: queries or keys, (B, S, A, D).
         cos_sin: from ``cosine_sine``.
     """
+    if not torch.is_grad_enabled():
+        return _turn(heads_BSAD, cos_sin[0], cos_sin[1])
     return _Rotate.apply(heads_BSAD, cos_sin)

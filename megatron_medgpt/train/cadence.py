@@ -65,27 +65,29 @@ class Cadence:
         """Seconds of the step by what they were spent on; they go into the next step's line."""
         self._spans = seconds
 
-    def after_step(self, parts: Parts, progress, result: StepResult, seconds: float) -> bool:
+    def after_step(self, parts: Parts, progress, result: StepResult, seconds: float) -> tuple[bool, bool]:
         """Write the step down; validate when due.
 
         Returns:
-            True when the stage's exit criterion is reached (on every rank).
+            Whether the stage's exit criterion is reached, and whether its checkpoint is the best so far; the same on
+            every rank.
         """
         record = self._record(parts, progress, result, seconds)
         due_to_log = progress.stage_step % self.config.log.interval == 0
         if due_to_log:
             record |= expert_metrics(parts)
-        reached_goal = False
+        reached_goal = is_best = False
         interval = parts.stage.validation_interval
         if interval and (progress.stage_step % interval == 0 or progress.stage_step == parts.stage.num_steps):
-            figures = validate(parts)
+            with parts.trace.span("validation"):
+                figures = validate(parts)
             record |= figures
-            reached_goal = _reached(parts, figures)
+            reached_goal, is_best = progress.watch.note(figures)
         if self.metrics is not None:
             self.metrics.write(record)
         if self.line is not None:
             self.line.step(record)
-        return reached_goal
+        return reached_goal, is_best
 
     def _record(self, parts: Parts, progress, result: StepResult, seconds: float) -> dict:
         flops = training_flops(
@@ -114,8 +116,8 @@ class Cadence:
             record["mfu"] = flops / seconds / (self.peak_flops * parts.layout.world_size)
         return record
 
-    def save(self, parts: Parts, progress, *, stage_end: bool) -> Path:
-        """Write a checkpoint of this moment. Collective."""
+    def save(self, parts: Parts, progress, *, stage_end: bool, is_best: bool = False) -> Path:
+        """Write a checkpoint of this moment, and move ``best`` to it where it is. Collective."""
         state = full_state(parts.models, parts.optimizer, parts.groups)
         facts = CheckpointFacts(
             step=progress.step, stage_index=parts.stage_index, stage_name=parts.stage.name,
@@ -124,22 +126,15 @@ class Cadence:
             sample_chain=progress.sample_chain, optimizer_step=optimizer_step(parts.optimizer),
             layout=asdict(parts.layout), config_hash=self.config_hash, model=to_tree(self.config.model),
             lineage=progress.lineage,
-            extra={"tokenizer": parts.tokenizer.fingerprint, "image_mark_id": parts.tokenizer.image_mark_id},
+            extra={
+                "tokenizer": parts.tokenizer.fingerprint, "image_mark_id": parts.tokenizer.image_mark_id,
+                "watch": progress.watch.state(),
+            },
         )  # fmt: skip
         path = save_checkpoint(
             self.folder, progress.step, state, facts, rank_state=rank_state(), keep=self.config.checkpoint.keep,
-            parallel_group=parts.groups.dp_cp,
+            parallel_group=parts.groups.dp_cp, is_best=is_best,
         )  # fmt: skip
         progress.lineage = (*progress.lineage, f"{path.name}@{read_manifest(path).digest[:16]}")
         dist.barrier()
         return path
-
-
-def _reached(parts: Parts, figures: dict[str, float]) -> bool:
-    goal = parts.stage.exit
-    if goal.metric is None:
-        return False
-    value = figures.get(goal.metric)
-    if value is None:
-        return False
-    return value <= goal.threshold if goal.metric == "validation_loss" else value >= goal.threshold

@@ -13,6 +13,7 @@ from megatron_medgpt.config.load import load_run, override_run, to_yaml
 from megatron_medgpt.config.schema import RunConfig
 from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.evaluate.tasks import TASKS
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
@@ -65,8 +66,10 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
     for stage in config.stages:
         for blend in (*stage.data, *stage.validation_data):
             _check_dataset(stage.name, Path(blend.path), words, config)
-        if stage.questions is not None and not Path(stage.questions).is_dir():
+        if stage.questions is not None and not Path(stage.questions).exists():
             raise UsageError(f"stages.{stage.name}.questions={stage.questions}: no such folder")
+        if stage.question_task not in TASKS:
+            raise UsageError(f"stages.{stage.name}.question_task={stage.question_task!r}; allowed: {', '.join(TASKS)}")
     start_from = config.checkpoint.start_from
     if start_from is not None and not (Path(start_from) / "manifest.json").is_file():
         raise UsageError(f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json)")

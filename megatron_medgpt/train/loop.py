@@ -12,6 +12,7 @@ from megatron_medgpt.train.cadence import Cadence
 from megatron_medgpt.train.consumed import extend
 from megatron_medgpt.train.guard import StopRequest
 from megatron_medgpt.train.step import train_step
+from megatron_medgpt.train.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,7 @@ class Progress:
     stage_step: int
     """Optimizer steps of this stage."""
     sample_chain: str
+    watch: Watch
     lineage: tuple[str, ...] = ()
 
 
@@ -54,11 +56,12 @@ def fit(parts: Parts, progress: Progress, cadence: Cadence, stop: StopRequest) -
             progress.stage_step += 1
             progress.sample_chain = extend(progress.sample_chain, result.sum_of_ids)
             with parts.trace.span("glue"):
-                reached_goal = cadence.after_step(parts, progress, result, time.perf_counter() - started)
+                reached_goal, is_best = cadence.after_step(parts, progress, result, time.perf_counter() - started)
             done = reached_goal or progress.stage_step == parts.stage.num_steps
-            if done or result.stop_requested or progress.stage_step % parts.config.checkpoint.interval == 0:
+            due = progress.stage_step % parts.config.checkpoint.interval == 0
+            if done or due or is_best or result.stop_requested:
                 with parts.trace.span("checkpoint"):
-                    checkpoint = cadence.save(parts, progress, stage_end=done)
+                    checkpoint = cadence.save(parts, progress, stage_end=done, is_best=is_best)
             cadence.note_spans(parts.trace.end_step())
             if done or result.stop_requested:
                 return FitEnd(done=done, stop=result.stop_requested, checkpoint=checkpoint)

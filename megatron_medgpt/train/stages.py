@@ -25,6 +25,7 @@ from megatron_medgpt.train.cadence import Cadence
 from megatron_medgpt.train.consumed import START
 from megatron_medgpt.train.guard import StopRequest
 from megatron_medgpt.train.loop import Progress, fit
+from megatron_medgpt.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def run_stages(config: RunConfig, world: World) -> RunEnd:
                 log.info("stopped by %s after step %d; the same command continues", stop.signal_name, progress.step)
                 break
             progress.stage_step = 0
+            if not finished and end.done:
+                progress.watch = Watch(config.stages[index + 1])
             del parts
             destroy_groups()
     finally:
@@ -78,7 +81,7 @@ def run_stages(config: RunConfig, world: World) -> RunEnd:
 
 def _where_to_start(config: RunConfig, facts: CheckpointFacts | None, newest: Path | None) -> tuple[int, Progress]:
     if facts is None:
-        return 0, Progress(step=0, stage_step=0, sample_chain=START)
+        return 0, Progress(step=0, stage_step=0, sample_chain=START, watch=Watch(config.stages[0]))
     if facts.model != to_tree(config.model):
         raise UsageError(
             f"{newest} holds another model than this run's configuration ({_difference(facts.model, config)}); "
@@ -91,10 +94,13 @@ def _where_to_start(config: RunConfig, facts: CheckpointFacts | None, newest: Pa
             "Keep the names and order of finished stages, or set another run folder (out=...)"
         )
     progress = Progress(
-        step=facts.step, stage_step=facts.stage_step, sample_chain=facts.sample_chain, lineage=facts.lineage
-    )
+        step=facts.step, stage_step=facts.stage_step, sample_chain=facts.sample_chain, lineage=facts.lineage,
+        watch=Watch(config.stages[facts.stage_index], facts.extra.get("watch")),
+    )  # fmt: skip
     if facts.stage_end:
         progress.stage_step = 0
+        if facts.stage_index + 1 < len(config.stages):
+            progress.watch = Watch(config.stages[facts.stage_index + 1])
         return facts.stage_index + 1, progress
     return facts.stage_index, progress
 

@@ -8,18 +8,20 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_medgpt.checkpoint.load import find_latest, read_facts
+from megatron_medgpt.checkpoint.load import find_latest, read_facts, resolve_checkpoint
 from megatron_medgpt.checkpoint.metadata import stored_tensors
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import load_run
 from megatron_medgpt.config.schema import ExitConfig, OptimizerConfig
+from megatron_medgpt.evaluate.run import evaluate_model
 from megatron_medgpt.observe.metrics import read_metrics
 from megatron_medgpt.train import cadence, step
 from megatron_medgpt.train.command import train_here
-from tests.small_data import small_run
+from tests.small_data import COLOURS, picture, small_run
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,68 @@ def test_a_stage_ends_when_its_exit_criterion_is_reached(base, tmp_path):
     run = fresh(base, tmp_path, stages=(replace(base.stages[0], exit=goal, num_steps=50),))
     train_here(run, dry_run=False)
     assert read_facts(find_latest(Path(run.out) / "checkpoints")).step == base.stages[0].validation_interval
+
+
+def question_table(folder: Path) -> Path:
+    """Four questions about pictures of one colour, as a user's own table."""
+    rng, rows = np.random.default_rng(3), []
+    folder.mkdir()
+    for colour in COLOURS:
+        (folder / f"{colour}.png").write_bytes(picture(colour, rng))
+        rows.append(
+            {
+                "question": "What colour is the picture?", "answer": f"It is {colour}.", "image": f"{colour}.png",
+                "options": [f"It is {name}." for name in COLOURS], "modality": "photograph",
+            }
+        )  # fmt: skip
+    table = folder / "questions.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    return table
+
+
+def test_a_run_is_evaluated_under_several_protocols_with_one_loading(uninterrupted, tmp_path):
+    protocols = ["official-qa,official-prefix", "letter"]
+    code = evaluate_model(
+        "table", data=question_table(tmp_path / "set"), out=tmp_path / "eval" / "colours.json", arguments=(),
+        checkpoint=Path(uninterrupted.out), protocols=protocols, max_new_tokens=8, text_only=True, reader="pillow",
+    )  # fmt: skip
+    assert code == 0
+    for protocol in ("official-qa", "official-prefix", "letter"):
+        result = json.loads((tmp_path / "eval" / f"colours.{protocol}.json").read_text())
+        assert (result["protocol"], result["n"], result["failed"]) == (protocol, 4, 0)
+        assert set(result["controls"]) == {"blank_image", "shuffled_image", "text_only"}
+        assert result["settings"].get("max_new_tokens") == (None if protocol == "official-prefix" else 8)
+    assert len(json.loads((tmp_path / "eval" / "gallery.json").read_text())) == 4
+    with pytest.raises(UsageError, match="--protocol letters; allowed: official-qa"):
+        evaluate_model(
+            "table", data=tmp_path, out=tmp_path / "x.json", arguments=(), checkpoint=Path(uninterrupted.out),
+            protocols=["letters"],
+        )  # fmt: skip
+
+
+def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, tmp_path):
+    # A learning rate that throws the weights away: the first validation is the best one.
+    stage = replace(
+        base.stages[0], num_steps=20, validation_interval=1, optimizer=OptimizerConfig(learning_rate=3.0),
+        exit=ExitConfig(metric="option_loss", patience=3), best_by="option_loss",
+        questions=str(question_table(tmp_path / "questions")), question_task="table", num_questions=4,
+    )  # fmt: skip
+    checkpoint = replace(base.checkpoint, keep=1)
+    run = fresh(base, tmp_path, stages=(stage,), checkpoint=checkpoint)
+    assert train_here(run, dry_run=False) == 0
+    records = read_metrics(Path(run.out) / "metrics.jsonl")
+    found = [record["option_loss"] for record in records]
+    best = found.index(min(found)) + 1
+    assert best < len(found) < 20
+    assert len(found) == best + 3
+    assert {"option_accuracy", "option_accuracy/photograph", "option_failed"} <= records[0].keys()
+    assert all(record["option_failed"] == 0 for record in records)
+    checkpoints = Path(run.out) / "checkpoints"
+    assert resolve_checkpoint(checkpoints / "best").name == f"step-{best:08d}"
+    assert resolve_checkpoint(checkpoints).name == f"step-{len(found):08d}"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [
+        f"step-{best:08d}", f"step-{len(found):08d}"
+    ]  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_parameter_changes(base, tmp_path, monkeypatch):

@@ -107,19 +107,18 @@ def write(writer, prompts, ends=frozenset()):
 
 
 def test_a_batch_of_unequal_prompts_gets_the_tokens_of_each_alone(writer, expected):
-    assert len({token for tokens in expected for token in tokens}) > 40  # not one token for ever
+    assert len({token for tokens in expected for token in tokens}) >= 30  # not one token for ever
     assert write(writer, make_prompts()) == expected
 
 
 def test_sequences_that_end_leave_the_others_as_they_were(writer, expected):
-    # The most common tokens end: sequences stop at different steps, and the batch shrinks several times.
-    counts = np.bincount(np.concatenate(expected))
-    ends = frozenset(np.argsort(-counts)[:6].tolist())
+    # Chosen so that the sequences stop at many different steps, one of them never: the batch shrinks several times.
+    ends = frozenset({172, 368})
     cut = []
     for tokens in expected:
         stop_at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
         cut.append(tokens[: stop_at + 1])
-    assert len({len(tokens) for tokens in cut}) > 3
+    assert len({len(tokens) for tokens in cut}) >= 6
     assert write(writer, make_prompts(), ends) == cut
 
 

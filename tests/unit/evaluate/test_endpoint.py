@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from question_folders import omnimedvqa_folder
 
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.evaluate import engine
+from megatron_medgpt.evaluate.command import run_eval
 from megatron_medgpt.evaluate.engine import EndpointEngine
+from megatron_medgpt.evaluate.predictions import read_predictions
 from megatron_medgpt.evaluate.score import score_answers
 from megatron_medgpt.evaluate.tasks import load_task
 
@@ -66,8 +70,8 @@ def engine_of(server, **settings):
     return EndpointEngine(url, concurrency=4, pause_s=0.01, timeout_s=5, **settings)
 
 
-def answered(engine, task):
-    return score_answers(task, {p.question_id: p for p in engine.answers(task.questions, "letter")}, "letter")
+def answered(asked, task):
+    return score_answers(task, {p.question_id: p for p in asked.answers(task.questions, "letter")}, "letter")
 
 
 def test_answers_come_in_order_with_picture_and_greedy_settings(server, task):
@@ -101,6 +105,47 @@ def test_an_answer_by_another_model_or_in_another_form_is_a_failure(server, task
     server.state["answer"] = lambda number, attempt: reply("A", model="gpt") if number else (200, {"choices": []})
     summary, _ = answered(engine_of(server, retries=0), task)
     assert summary["failed"] == 16
+
+
+def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "GIVE_UP_AFTER", 10)
+    folder = omnimedvqa_folder(tmp_path / "many", num_questions=60)
+    server.state["answer"] = lambda number, attempt: reply("ABCD"[number % 4]) if number < 30 else (503, {})
+    out = tmp_path / "result.json"
+    with pytest.raises(WorkError, match=r"10 questions in a row failed, the last with: .*503"):
+        run_eval("phantoms", folder, out, engine=engine_of(server, retries=0), protocol="letter", controls=())
+    assert not out.exists()
+    server.state["answer"] = lambda number, attempt: reply("ABCD"[number % 4])
+    summary, _ = run_eval("phantoms", folder, out, engine=engine_of(server), protocol="letter", controls=())
+    assert (summary["n"], summary["accuracy"], summary["failed"]) == (60, 1.0, 0)
+    times = Counter(number for number, _ in server.state["requests"])
+    assert all(times[number] == 1 for number in range(30))
+
+
+def test_a_server_that_answers_as_another_model_ends_the_run_and_is_named(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "GIVE_UP_AFTER", 5)
+    folder = omnimedvqa_folder(tmp_path / "many", num_questions=8)
+    server.state["answer"] = lambda number, attempt: reply("A", model="gpt-other")
+    with pytest.raises(WorkError, match="asked for med, answered by gpt-other"):
+        run_eval("phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=())
+
+
+def test_broken_pictures_are_not_the_servers_fault(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "GIVE_UP_AFTER", 2)
+    folder = omnimedvqa_folder(tmp_path / "broken", num_questions=8)
+    for picture in (folder / "Images").iterdir():
+        picture.write_bytes(b"<html>")
+    summary, _ = answered(engine_of(server), load_task("phantoms", folder))
+    assert (summary["n"], summary["failed"]) == (8, 8)
+    assert server.state["requests"] == []
+
+
+def test_half_a_surrogate_pair_is_kept_as_its_escape(server, tmp_path):
+    folder = omnimedvqa_folder(tmp_path / "set", num_questions=2)
+    server.state["answer"] = lambda number, attempt: reply("A \ud83d")
+    run_eval("phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=())
+    again, _ = read_predictions(tmp_path / "o.answers.jsonl")
+    assert {answer.text for answer in again.values()} == {"A \ud83d"}
 
 
 def test_cut_answers_are_counted(server, task):

@@ -1,13 +1,13 @@
-"""Greedy generation: every token is the likeliest of a forward pass over that text alone."""
+"""Greedy generation: every token is the likeliest of a forward pass over the whole text alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from question_folders import omnimedvqa_folder
 
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
@@ -15,7 +15,9 @@ from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.data.collate import RowShape, batch_of_documents
 from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import train_tokenizer
+from megatron_medgpt.evaluate.decode import Prompt
 from megatron_medgpt.evaluate.documents import open_document, option_documents
+from megatron_medgpt.evaluate.forward import LayoutForward
 from megatron_medgpt.evaluate.generate import GreedyEngine
 from megatron_medgpt.evaluate.tasks import load_task
 from megatron_medgpt.model.build import build_model
@@ -46,6 +48,11 @@ def model():
     process_groups.stop()
 
 
+@pytest.fixture(scope="module")
+def forward(model):
+    return LayoutForward([model], ProcessGroupCollection.use_mpu_process_groups(), torch.device("cpu"))
+
+
 @pytest.fixture
 def task(tmp_path):
     folder = omnimedvqa_folder(tmp_path, num_questions=6)
@@ -53,14 +60,12 @@ def task(tmp_path):
     return load_task("phantoms", folder)
 
 
-def test_packed_answers_are_the_argmax_of_each_text_alone(model, tokenizer, task):
-    engine = GreedyEngine(
-        lambda batch: model(batch, want="logits"),
-        tokenizer=tokenizer,
-        questions_per_batch=4,
-        max_new_tokens=5,
-        **SETTINGS,
-    )
+def engine_of(forward, tokenizer, **settings):
+    return GreedyEngine(forward, tokenizer=tokenizer, **(SETTINGS | settings))
+
+
+def test_answers_are_the_argmax_of_each_text_run_whole(forward, model, tokenizer, task):
+    engine = engine_of(forward, tokenizer, questions_per_batch=4, max_new_tokens=5)
     answers = {p.question_id: p for p in engine.answers(task.questions, "letter")}
     assert [answers[q.question_id].error is None for q in task.questions] == [True, True, False, False, True, True]
     shape = RowShape(
@@ -84,30 +89,30 @@ def test_packed_answers_are_the_argmax_of_each_text_alone(model, tokenizer, task
         assert answer.truncated is not ended
 
 
-def test_an_answer_stops_at_its_end_token(tokenizer, task):
-    words = [*tokenizer.encode("PET"), tokenizer.return_id]
-
-    def logits(batch):
-        out = torch.zeros(batch.token_ids_BS.shape[1], batch.token_ids_BS.shape[0], 512)
-        for row, ids in enumerate(batch.token_ids_BS.tolist()):
-            for place, pair in enumerate(pairwise([*ids, 0])):
-                step = words.index(pair[0]) + 1 if pair[0] in words[:-1] else 0
-                out[place, row, words[step]] = 1.0
-        return out
-
-    engine = GreedyEngine(logits, tokenizer=tokenizer, max_new_tokens=9, **SETTINGS)
-    answers = [p for p in engine.answers(task.questions, "letter") if p.error is None]
-    assert len(answers) == 4
-    assert {(p.text, p.truncated) for p in answers} == {("PET", False)}
+def test_an_answer_stops_at_its_end_token_which_is_no_part_of_it(forward, tokenizer, task):
+    question = task.questions[0]
+    engine = engine_of(forward, tokenizer, max_new_tokens=12)
+    prompt = Prompt(token_ids=open_document(question, "letter", tokenizer), images=(question.image_bytes(),))
+    length = engine._writer.length_of(prompt)
+    ((tokens,),) = engine._writer.write([[prompt]], max_new_tokens=12, ends=frozenset(), longest=length)
+    engine._ends = frozenset({tokens[6]})
+    stop_at = tokens.index(tokens[6])
+    (answer,) = engine.answers([question], "letter")
+    assert (answer.text, answer.truncated) == (tokenizer.decode(tokens[:stop_at]), False)
 
 
-def test_a_question_that_leaves_no_room_fails_alone(tokenizer, task):
-    def unused(batch):
-        raise AssertionError("nothing was left to answer")
+def test_a_question_that_leaves_no_room_fails_alone(forward, tokenizer, task):
+    long = replace(task.questions[1], question_id="long", question="What is it? " * 80)
+    engine = engine_of(forward, tokenizer, max_new_tokens=2)
+    answers = {p.question_id: p for p in engine.answers([task.questions[0], long, task.questions[4]], "letter")}
+    assert [key for key, answer in answers.items() if answer.error] == ["long"]
+    assert "a row has 320" in answers["long"].error
 
-    settings = SETTINGS | {"sequence_length": 64}
-    engine = GreedyEngine(unused, tokenizer=tokenizer, max_new_tokens=60, **settings)
-    assert all(p.error is not None for p in engine.answers(task.questions, "letter"))
+
+def test_a_batch_of_broken_pictures_alone_is_answered_with_its_errors(forward, tokenizer, task):
+    answers = list(engine_of(forward, tokenizer, max_new_tokens=2).answers(task.questions[2:4], "letter"))
+    assert all("not a readable picture" in answer.error for answer in answers)
+    assert len(answers) == 2
 
 
 def test_option_documents_score_the_option_and_nothing_else(tokenizer, task):

@@ -149,3 +149,32 @@ def test_the_paired_test_needs_the_same_questions():
 
 def test_mcnemar_stays_finite_on_the_whole_benchmark():
     assert 0 < mcnemar_exact(22_000, 22_400) < 0.1
+
+
+def test_two_runs_are_compared_question_by_question(folder, tmp_path):
+    first, second = right_answers(), right_answers()
+    first |= {f"P_{i:04d}": "none of these" for i in range(6)}
+    second |= {"P_0007": "none of these"}
+    score("phantoms", folder, write_predictions(tmp_path / "a.jsonl", first), "official-qa", tmp_path / "a.json")
+    result = score(
+        "phantoms", folder, write_predictions(tmp_path / "b.jsonl", second), "official-qa", tmp_path / "b.json",
+        against=tmp_path / "a.json",
+    )  # fmt: skip
+    wrong_first = 16 - json.loads((tmp_path / "a.json").read_text())["correct"]
+    assert result["paired"] == {
+        "against": "a.json", "n": 16, "only_first": 1, "only_second": wrong_first,
+        "difference": round((wrong_first - 1) / 16, 6), "p_value": mcnemar_exact(1, wrong_first),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "b.json").read_text())["paired"] == result["paired"]
+
+
+def test_runs_of_another_protocol_or_other_questions_are_not_compared(folder, tmp_path):
+    path = write_predictions(tmp_path / "p.jsonl", right_answers())
+    score("phantoms", folder, path, "official-qa", tmp_path / "a.json")
+    with pytest.raises(UsageError, match=r"a\.json has protocol official-qa, this run letter"):
+        score("phantoms", folder, path, "letter", against=tmp_path / "a.json")
+    fewer = omnimedvqa_folder(tmp_path / "fewer", num_questions=12)
+    with pytest.raises(UsageError, match="differ in 4 questions"):
+        score("phantoms", fewer, path, "official-qa", against=tmp_path / "a.json")
+    with pytest.raises(UsageError, match="not an evaluation file"):
+        score("phantoms", folder, path, "official-qa", against=path)

@@ -1,4 +1,4 @@
-"""Option likelihoods are the same numbers in every layout, on every rank, whatever shares a batch."""
+"""Option likelihoods and written answers are the same in every layout, on every rank, whatever shares a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from question_folders import omnimedvqa_folder, read_questions, write_questions
 from megatron_medgpt.data.text import train_tokenizer
 
 HERE = Path(__file__).parent
-LAYOUTS = ("1,2,1", "1,1,1", "2,1,2")
+TWO_RANKS = ("1,2,1,2", "1,1,1", "2,1,2")
+FOUR_RANKS = ("2,2,2",)
+RESUMED = "1,1,1"
+"""Goes on with the answers that a run in one process left behind."""
+LAYOUTS = (*TWO_RANKS, *FOUR_RANKS)
 
 
 def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 150) -> None:
@@ -33,7 +37,7 @@ def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             log = (folder / f"world{world_size}-rank{rank}.log").open("w")
-            command = [sys.executable, str(HERE / "likelihood_worker.py"), str(folder), *layouts]
+            command = [sys.executable, str(HERE / "engine_worker.py"), str(folder), *layouts]
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             )
@@ -44,6 +48,15 @@ def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def leave_unfinished(finished: Path, begun: Path) -> None:
+    """The answers file of a run that was killed: some lines, the last of them cut in two."""
+    begun.mkdir()
+    for note in finished.glob("*.answers.json"):
+        (begun / note.name).write_bytes(note.read_bytes())
+        lines = note.with_suffix(".jsonl").read_bytes().splitlines(keepends=True)
+        (begun / note.name).with_suffix(".jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +75,14 @@ def folder(tmp_path_factory):
     run_ranks(1, folder, ("1,1,1",))
     (folder / "1,1,1-rank0.json").rename(folder / "single.json")
     (folder / "1,1,1").rename(folder / "single")
-    run_ranks(2, folder, LAYOUTS)
+    leave_unfinished(folder / "single", folder / RESUMED)
+    run_ranks(2, folder, TWO_RANKS)
+    run_ranks(4, folder, FOUR_RANKS)
     return folder
 
 
-def read(path: Path) -> dict[str, list]:
-    return json.loads(path.read_text())
+def read(path: Path, protocol: str = "chat-likelihood") -> dict[str, list]:
+    return json.loads(path.read_text())[protocol]
 
 
 def test_broken_pictures_and_long_questions_fail_alone_and_count(folder):
@@ -76,7 +91,7 @@ def test_broken_pictures_and_long_questions_fail_alone_and_count(folder):
     assert "not a readable picture" in failed["P_0006"]
     assert "positions" in failed["P_0009"]
     assert "does not decode" in failed["P_0010"]
-    result = json.loads((folder / "single" / "eval.json").read_text())
+    result = json.loads((folder / "single" / "chat-likelihood.json").read_text())
     assert (result["n"], result["failed"]) == (21, 5)
 
 
@@ -97,12 +112,32 @@ def test_losses_equal_the_single_process(folder, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_written_answers_equal_the_single_process(folder, layout):
+    single, split = read(folder / "single.json", "letter"), read(folder / f"{layout}-rank0.json", "letter")
+    assert len({text for error, text in single.values() if not error}) > 1
+    assert sum(error is None for error, _ in single.values()) >= 16
+    assert split == single
+
+
+def test_a_run_on_two_ranks_goes_on_with_what_one_rank_has_answered(folder):
+    begun = (folder / "single" / "letter.answers.jsonl").read_bytes().splitlines()[:9]
+    lines = (folder / RESUMED / "letter.answers.jsonl").read_bytes().splitlines()
+    assert lines[:9] == begun
+    asked_again = [json.loads(line)["question_id"] for line in lines[9:]]
+    kept = [json.loads(line) for line in begun]
+    assert not {row["question_id"] for row in kept if "error" not in row} & set(asked_again)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_ranks_hold_the_same_answers(folder, layout):
-    assert read(folder / f"{layout}-rank0.json") == read(folder / f"{layout}-rank1.json")
+    first = json.loads((folder / f"{layout}-rank0.json").read_text())
+    for path in folder.glob(f"{layout}-rank*.json"):
+        assert json.loads(path.read_text()) == first
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_controls_are_the_same_in_every_layout(folder, layout):
-    single, split = (json.loads((folder / name / "eval.json").read_text()) for name in ("single", layout))
-    assert split["controls"] == single["controls"]
-    assert split["accuracy"] == single["accuracy"]
+    for name in ("chat-likelihood.json", "letter.json"):
+        single, split = (json.loads((folder / where / name).read_text()) for where in ("single", layout))
+        assert split["controls"] == single["controls"]
+        assert split["accuracy"] == single["accuracy"]

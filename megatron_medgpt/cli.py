@@ -276,7 +276,7 @@ def plan(
     target_share: Annotated[float, typer.Option(help="Positions that are targets, 0 to 1; they pay the head.")] = 1.0,
     frozen: Annotated[list[str] | None, typer.Option(help="A module that does not learn; repeatable.")] = None,
     skew: Annotated[float, typer.Option(help="Rows of the busiest expert rank over the mean.")] = 1.0,
-    mxfp4_frozen: Annotated[bool, typer.Option(help="Count frozen experts as packed MXFP4.")] = False,
+    mxfp4_frozen: Annotated[bool, typer.Option(help="Frozen experts stay packed in MXFP4.")] = False,
     efficiency: Annotated[float | None, typer.Option(help="Your measured one, 0 to 1; else the calibrated.")] = None,
     keep: Annotated[int, typer.Option(help="Layouts shown.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write the recommended run here.")] = None,

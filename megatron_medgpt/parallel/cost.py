@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_medgpt.config.schema import LanguageConfig, ModelConfig
 from megatron_medgpt.parallel.flops import language_flops_per_token, projector_flops_per_image, vision_flops_per_image
 from megatron_medgpt.parallel.hardware import Accelerator
-from megatron_medgpt.parallel.memory import GRADIENT_BYTES, rank_parameters
+from megatron_medgpt.parallel.memory import GRADIENT_BYTES, MXFP4_BYTES, rank_parameters
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.parallel.schedule import Pass, simulate
 
@@ -46,6 +46,8 @@ class Work:
     """``consecutive``: a token's experts are neighbours, as a benchmark's balanced gate may choose them."""
     skew: float = 1.0
     """Rows of the busiest expert rank over the mean."""
+    packed_experts: bool = False
+    """The experts are held in MXFP4 and decoded wherever they are used."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -175,6 +177,8 @@ def _layer_compute(
     expert_s = tokens * experts * work.skew / rate
     weights = c.num_experts // layout.expert * 3 * c.hidden_size * c.expert_hidden_size
     expert_s = max(expert_s, weights * BF16 / gpu.memory_bandwidth)
+    if work.packed_experts:
+        expert_s += weights * (MXFP4_BYTES + BF16) / gpu.memory_bandwidth
     backward = dense_s * (1.0 if "language" in work.frozen else 2.0) + expert_s
     if "experts" not in work.frozen:  # the product for the weights, or adding its result to the fp32 buffer
         backward += max(expert_s, weights * 2 * GRADIENT_BYTES / gpu.memory_bandwidth)

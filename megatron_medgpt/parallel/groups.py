@@ -83,7 +83,7 @@ def start(timeout_s: float = 600.0, kind: str = "auto") -> World:
 
 
 def meet(rank: int, size: int, deadline_s: float) -> dist.Store:
-    """The store of the first rank, when all ranks have come to it. PyTorch's own meeting says after its timeout how many
+    """The store of the first rank, when all ranks have come to it. PyTorch's own meeting says at its timeout how many
     are missing, not which.
 
     Raises:

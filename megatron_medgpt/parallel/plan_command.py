@@ -38,7 +38,7 @@ def run_plan(
         target_share: positions that are targets of the loss; only they pay for the head.
         frozen: modules that do not learn in this stage.
         skew: rows of the busiest expert rank over the mean.
-        mxfp4_frozen: count frozen experts as packed MXFP4.
+        mxfp4_frozen: frozen experts stay packed in MXFP4 (``stages.NAME.experts: packed``).
         efficiency: share of the sustained rate that matrix products reach; the calibrated one when not given.
         out: write the recommended run here.
         plot: draw memory and time of every stage of the best layout here (PNG).
@@ -109,6 +109,7 @@ def recommended_run(plan: Plan) -> RunConfig:
     stage = StageConfig(
         name="train", data=(BlendConfig(path="data/train"),), num_steps=1000, sequence_length=request.sequence_length,
         micro_batch_rows=best.micro_batch_rows, global_batch_rows=request.global_batch_rows, frozen=request.frozen,
+        experts="packed" if request.packed else "plain",
     )  # fmt: skip
     return RunConfig(
         name="planned", out="runs/planned", tokenizer="tokenizer", stages=(stage,), model=request.model,

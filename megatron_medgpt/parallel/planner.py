@@ -36,6 +36,11 @@ class Request:
     efficiency: float = 0.37
     precision: str = "bf16"
 
+    @property
+    def packed(self) -> bool:
+        """Whether the experts are held in MXFP4."""
+        return self.mxfp4_frozen and "experts" in self.frozen
+
     def stage(self, micro_batch_rows: int) -> StageConfig:
         """A training stage of this shape; its data are named by whoever writes the run."""
         return StageConfig(
@@ -48,6 +53,7 @@ class Request:
             sequence_length=self.sequence_length, micro_batch_rows=micro_batch_rows,
             global_batch_rows=self.global_batch_rows, images_per_row=self.images_per_row,
             target_share=self.target_share, frozen=self.frozen, recompute=recompute, skew=self.skew,
+            packed_experts=self.packed,
         )  # fmt: skip
 
 

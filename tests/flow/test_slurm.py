@@ -5,143 +5,43 @@ Debian, Ubuntu: ``apt install slurm-wlm munge``. Needs root, as slurmd does.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
 
-from megatron_medgpt.config.load import to_yaml
-from megatron_medgpt.config.schema import ParallelConfig
-from tests.small_data import small_run
+from tests.flow.slurm_jobs import (
+    CANARY,
+    ROOT,
+    Launched,
+    end_processes_of,
+    num_steps_done,
+    parameters_of,
+    processes_of,
+    slow,
+    submit,
+)
+from tests.flow.slurm_jobs import needs_slurm as pytestmark  # noqa: F401  (pytest looks for this name)
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools" / "slurm"))
-
-from local_cluster import LocalCluster, missing_programs  # noqa: E402  (a tool, not a package)
-
-ALL = os.environ.get("MEDGPT_SLURM") == "all"
-"""Set by ``make slurm-test``: nothing is skipped there."""
-
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not ALL and (bool(missing_programs()) or os.geteuid() != 0), reason="needs root, slurm-wlm and munge"
-    ),
-]
-slow = pytest.mark.skipif(not ALL, reason="minutes long; make slurm-test runs it")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    started = LocalCluster(tmp_path_factory.mktemp("slurm"))
-    started.start()
-    yield started
-    for job in started.run("squeue", "--noheader", "--format=%A").split():
-        started.run("scancel", "--full", "--signal=KILL", job)
-    started.stop()
-
-
-class Launched:
-    """A job that submit.py has sent, and how to watch it."""
-
-    def __init__(self, cluster: LocalCluster, workspace: Path, number: str, name: str):
-        self.cluster, self.workspace, self.number, self.name = cluster, workspace, number, name
-
-    @property
-    def fields(self) -> dict[str, str]:
-        return self.cluster.job_fields(self.number)
-
-    @property
-    def log(self) -> str:
-        path = self.workspace / "slurm" / f"{self.name}_{self.number}.log"
-        return path.read_text() if path.is_file() else ""
-
-    def wait(self, what: str, condition: Callable[[], bool], deadline_s: float) -> None:
-        end = time.monotonic() + deadline_s
-        while time.monotonic() < end:
-            if condition():
-                return
-            time.sleep(0.5)
-        raise AssertionError(
-            f"not within {deadline_s:.0f} s: {what}\n{self.fields.get('JobState')}\n{self.log[-3000:]}"
-        )
-
-    def wait_for_end(self, deadline_s: float = 300) -> str:
-        ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
-        self.wait("the job's end", lambda: self.fields["JobState"] in ended, deadline_s)
-        return self.fields["JobState"]
-
-    def start_at_once(self) -> None:
-        """Slurm keeps a requeued job back for two minutes, in which its nodes clean up; 15 seconds do here."""
-        self.wait("the requeue", lambda: self.fields["Restarts"] == "1", 120)
-        time.sleep(15)
-        self.wait("the requeued job", self._runs_now, 240)
-
-    def _runs_now(self) -> bool:
-        if self.fields["JobState"] == "PENDING":
-            with contextlib.suppress(RuntimeError):  # it is still being cleaned up, or has just begun
-                self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-        return self.fields["JobState"] == "RUNNING"
-
-
-def submit(cluster: LocalCluster, workspace: Path, what: str = "train", **settings) -> list[Launched]:
-    given = {
-        "workspace": str(workspace), "nodes": 2, "time": "30", "save_seconds": 60, "python": sys.executable,
-        "extra": ["--cpus-per-task=1"], **settings,
-    }  # fmt: skip
-    workspace.mkdir(parents=True, exist_ok=True)
-    file = workspace / "cluster.yaml"
-    file.write_text(yaml.safe_dump(given))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/slurm/submit.py"), "--settings", str(file), what],
-        env={**cluster.environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"^(\S+): job (\d+)", done.stdout, re.MULTILINE)
-    return [Launched(cluster, workspace, number, name) for name, number in found]
-
-
-@pytest.fixture
-def run_file(tmp_path):
-    """A run of one stage on two ranks, experts split over both nodes."""
-    run = small_run(tmp_path / "small")
-    stage = replace(run.stages[0], num_steps=8, validation_data=(), validation_interval=0)
-    run = replace(
-        run, stages=(stage,), parallel=ParallelConfig(expert=2), checkpoint=replace(run.checkpoint, interval=100_000)
-    )
-    file = tmp_path / "run.yaml"
-    file.write_text(to_yaml(run))
-    return file
-
-
-def num_steps_done(out: Path) -> int:
-    metrics = out / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
-
-
-def parameters_of(out: Path) -> dict[str, str]:
-    """Checksums of the last checkpoint's payload (weights and optimizer) by file, from its manifest."""
-    newest = max((out / "checkpoints").glob("step-*"))
-    files = json.loads((newest / "manifest.json").read_text())["files"]
-    found = {name: facts["sha256"] for name, facts in files.items() if name.endswith(".distcp")}
-    assert found
-    return found
+pytest_plugins = ["tests.flow.slurm_jobs"]
 
 
 @pytest.mark.parametrize("launch", ["torchrun", "srun"])
 def test_a_job_trains_across_two_nodes(cluster, run_file, tmp_path, launch):
-    (job,) = submit(cluster, tmp_path / "w", launch=launch, train={"run": str(run_file), "out": "run"})
+    (tmp_path / "token").write_text(CANARY)
+    (tmp_path / "token").chmod(0o600)
+    train = {"run": str(run_file), "out": "run"}
+    (job,) = submit(cluster, tmp_path / "w", launch=launch, token_file=str(tmp_path / "token"), train=train)
+    job.wait("the first step", lambda: num_steps_done(tmp_path / "w/run") > 0, 240)
+    seen = list(processes_of(cluster))
+    assert len(seen) >= 4, "batch script, srun and two ranks at least"
+    assert not [pid for pid, command, environment in seen if CANARY in "\0".join((*command, *environment))]
     assert job.wait_for_end() == "COMPLETED", job.log
+    assert not [f for f in (tmp_path / "w").rglob("*") if f.is_file() and CANARY.encode() in f.read_bytes()]
     assert "preflight: 2 node(s) fit" in job.log
     assert "2 processes" in job.log
     assert json.loads((tmp_path / "w/run/state.json").read_text()) == {"status": "done", "step": 8}
@@ -213,20 +113,6 @@ def test_a_job_whose_node_is_lost_starts_again_from_its_checkpoint_when_the_node
     assert json.loads((out / "state.json").read_text()) == {"status": "done", "step": 300}
 
 
-def end_processes_of(node: str, cluster: LocalCluster) -> None:
-    """What dies with a node: the processes that its slurmd has started, known by their environment."""
-    marks = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={cluster.folder / 'slurm.conf'}"}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            found = marks <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
-            if found:
-                os.kill(int(folder.name), signal.SIGKILL)
-        except (OSError, ProcessLookupError):
-            continue
-
-
 @slow
 def test_an_ingest_array_with_one_failed_element_is_mended_by_running_that_element_again(cluster, tmp_path):
     import numpy as np
@@ -270,3 +156,79 @@ def test_an_ingest_array_with_one_failed_element_is_mended_by_running_that_eleme
     manifest = json.loads((tmp_path / "w/data/dataset.json").read_text())
     assert manifest["num_samples"] == 12
     assert "merge: 12 samples, 12 images" in (tmp_path / "merge.log").read_text()
+
+
+@slow
+def test_sigusr1_saves_a_step_requeues_and_ends_like_sigterm(cluster, run_file, tmp_path):
+    train = {"run": str(run_file), "out": "run", "overrides": ["stages.align.num_steps=150"]}
+    (job,) = submit(cluster, tmp_path / "w", preflight="no", train=train)
+    out = tmp_path / "w/run"
+    job.wait("five steps", lambda: num_steps_done(out) >= 5, 240)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    job.start_at_once()
+    assert "stopped by SIGUSR1" in job.log
+    saved = json.loads((out / "attempts.json").read_text())["step"]
+    assert saved >= 5
+    assert job.wait_for_end(400) == "COMPLETED", job.log
+    assert f"resumed from step-{saved:08d}" in job.log
+    assert num_steps_done(out) == 150
+
+
+@slow
+def test_a_job_that_gets_nowhere_is_requeued_as_often_as_allowed_and_no_more(cluster, run_file, tmp_path):
+    train = {"run": str(run_file), "out": "run", "overrides": ["stages.align.num_steps=5000"]}
+    (job,) = submit(cluster, tmp_path / "w", preflight="no", max_restarts=2, train=train)
+    out = tmp_path / "w/run"
+
+    def trains(attempt: int) -> bool:
+        return f"attempt {attempt} " in job.log and num_steps_done(out) >= 2
+
+    for attempt in (0, 1):
+        if attempt:
+            job.start_at_once()
+        job.wait("a step", functools.partial(trains, attempt), 240)
+        ranks = [
+            pid
+            for pid, command, environment in processes_of(cluster, "n2")
+            if "megatron_medgpt.cli" in command and any(word.startswith("LOCAL_RANK=") for word in environment)
+        ]
+        os.kill(ranks[0], signal.SIGKILL)
+        (out / "metrics.jsonl").unlink()
+    assert job.wait_for_end(200) == "FAILED"
+    assert "not requeued: 2 restarts in a row without a checkpoint" in job.log
+    assert job.fields["Restarts"] == "1"
+
+
+@slow
+def test_a_chain_goes_from_captions_to_a_score(cluster, tmp_path):
+    """ingest.sbatch, merge.sbatch, convert.sbatch, train.sbatch and evaluate.sbatch, one after the other."""
+    example, work = ROOT / "examples/02_import_train_export", tmp_path / "data"
+    for command in (
+        ["-m", "megatron_medgpt.cli", "phantoms", "--out", str(work / "phantoms"), "--images", "24",
+         "--questions", "8"],
+        [str(ROOT / "tools/data/train_tokenizer.py"), "--out", str(work / "tokenizer"), "--vocab-size", "512",
+         str(work / "phantoms/train/captions.jsonl")],
+        [str(example / "small_weights.py"), str(work / "published"), str(work / "tokenizer")],
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "key").write_text("0" * 64)
+    (tmp_path / "key").chmod(0o600)
+    workspace = tmp_path / "w"
+    chain = [
+        {"job": "ingest", "inputs": [str(work / "phantoms/train/captions.jsonl")], "out": "captions",
+         "tokenizer": str(work / "tokenizer"), "key_file": str(tmp_path / "key")},
+        {"job": "convert", "arguments": ["hf-to-megatron", "--language", str(work / "published/language"), "--vision",
+                                         str(work / "published/vision"), "--out", str(workspace / "start")]},
+        {"job": "train", "run": str(example / "run.yaml"), "out": "run",
+         "overrides": [f"tokenizer={work / 'tokenizer'}", f"stages.align.data.0.path={workspace / 'captions'}",
+                       f"checkpoint.start_from={workspace / 'start'}", "stages.align.num_steps=4"]},
+        {"job": "evaluate", "arguments": ["phantoms", "--data", str(work / "phantoms"), "--checkpoint",
+                                          str(workspace / "run"), "--out", str(workspace / "score.json"), "--limit",
+                                          "8", "--no-controls"]},
+    ]  # fmt: skip
+    jobs = submit(cluster, workspace, "chain", chain=chain)
+    assert [job.name for job in jobs] == ["ingest", "ingest-merge", "convert", "train", "evaluate"]
+    for job in jobs:
+        assert job.wait_for_end(300) == "COMPLETED", (job.name, job.log, sorted((workspace / "slurm").iterdir()))
+    assert json.loads((workspace / "score.json").read_text())["n"] == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def report(name: str, **changes) -> dict:
     card = {"name": "NVIDIA H100", "memory_mib": 81_559, "used_mib": 3}
     fields = {
         "node": name, "time": 1000.0, "python": "3.12", "packages": {"torch": "2.13"}, "code": "abc", "system": "x",
-        "gpus": [dict(card) for _ in range(8)], "shared": None, "free_bytes": 10**12,
+        "image": "1", "missing": [], "gpus": [dict(card) for _ in range(8)], "shared": None, "free_bytes": 10**12,
     }  # fmt: skip
     return {**fields, **changes}
 
@@ -110,6 +111,8 @@ def report(name: str, **changes) -> dict:
         ({"code": None}, "not installed"),
         ({"code": "def"}, 'code "def" differs'),
         ({"system": "other image"}, 'system "other image" differs'),
+        ({"image": "2"}, 'image "2" differs'),
+        ({"missing": ["/data is empty; is it mounted?"]}, "/data is empty"),
         ({"time": 1100.0}, "clock is +100 s off"),
     ],
 )
@@ -125,6 +128,48 @@ def test_preflight_accepts_nodes_that_are_alike_and_names_one_that_does_not_answ
     reports = {name: report(name) for name in ("n1", "n2")}
     assert preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100") == []
     assert preflight.faults(reports, ["n1", "n2", "n3"], gpus=8, gpu="h100")[0].startswith("node n3: no answer")
+
+
+def test_what_a_node_must_see_is_there_or_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert preflight.missing_fault(tmp_path / "full") is None
+    assert preflight.missing_fault(tmp_path / "full/file") is None
+    assert preflight.missing_fault(tmp_path / "empty") == f"{tmp_path}/empty is empty; is it mounted?"
+    assert "No such file or directory" in preflight.missing_fault(tmp_path / "gone")
+
+
+def test_a_node_that_cannot_write_its_report_says_so_in_one_line(tmp_path):
+    arguments = ["node", "--found", str(tmp_path / "gone"), "--shared", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(SLURM / "preflight.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == preflight.NOT_FIT
+    assert done.stderr.count("\n") == 1
+    assert f"{tmp_path}/gone cannot be written: No such file or directory" in done.stderr
+
+
+def test_the_first_node_names_one_that_never_came_and_no_other():
+    import time
+
+    from heartbeat import Heartbeat
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    absent: list[list[str]] = []
+    common = {"address": "127.0.0.1", "port": port, "deadline_s": 60, "lost": lambda silent: None}
+    beats = [
+        Heartbeat(name="n1", first=True, expected=("n1", "n2", "n3"), meet_s=3, never_came=absent.append, **common),
+        Heartbeat(name="n2", first=False, **common),
+    ]
+    for beat in beats:
+        beat.start()
+    end = time.monotonic() + 15
+    while not absent and time.monotonic() < end:
+        time.sleep(0.05)
+    for beat in beats:
+        beat.close()
+    assert absent == [["n3"]]
 
 
 def settings_file(folder: Path, **changes) -> Path:
@@ -182,11 +227,35 @@ def test_the_example_settings_are_complete(capsys, tmp_path):
     assert set(submit.DEFAULTS) - {"chain", "ranks_per_node"} <= set(yaml.safe_load(text))
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in SLURM.glob("*.s*") if p.suffix in (".sh", ".sbatch")))
-def test_every_shell_file_parses_and_every_job_is_strict(script):
-    assert subprocess.run(["bash", "-n", str(SLURM / script)]).returncode == 0
-    if script.endswith(".sbatch"):
-        assert "set -euo pipefail" in (SLURM / script).read_text()
+SHELL_FILES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("tools", "examples")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".sh", ".sbatch")
+)
+
+
+def linter(name: str) -> str:
+    program = Path(sys.executable).with_name(name)
+    if not program.is_file():
+        pytest.skip(f"{name} is in the extra dev, for x86_64")
+    return str(program)
+
+
+def test_shell_files_pass_shellcheck():
+    command = [linter("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", "--source-path=.", *SHELL_FILES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_passes_hadolint():
+    done = subprocess.run([linter("hadolint"), "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [name for name in SHELL_FILES if name.endswith(".sbatch")])
+def test_every_job_is_strict(script):
+    assert "set -euo pipefail" in (ROOT / script).read_text()
 
 
 def test_srun_tasks_describe_their_world_as_torchrun_would():

@@ -1,7 +1,7 @@
 """Do the nodes of a job still hear each other? The first node and every other one exchange a datagram now and then.
 
-A cut link is silent: collectives wait for their timeout, and their message does not say who is missing. Nor does that of
-a rendezvous to which a node never came. A datagram holds the sender's name and nothing else. Standard library only.
+A cut link is silent: collectives wait for their timeout, and their message does not say who is missing. Nor does that
+of a rendezvous to which a node never came. A datagram holds the sender's name and nothing else. Standard library only.
 """
 
 from __future__ import annotations

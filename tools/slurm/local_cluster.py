@@ -3,7 +3,8 @@
     python tools/slurm/local_cluster.py start FOLDER     prints what to export; needs root, slurm-wlm and munge
     python tools/slurm/local_cluster.py stop FOLDER
 
-The daemons are munged, slurmctld and one slurmd per node; ``stop`` ends exactly those, by their pid files.
+The daemons are munged, slurmctld and one slurmd per node; ``stop`` ends exactly those, by their pid files. The second
+node has a mount namespace of its own, so that a folder can be missing there alone.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 NODES = ("n1", "n2")
+OWN_MOUNTS = ("n2",)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 START_S = 30.0
 
@@ -35,9 +38,10 @@ def _path() -> str:
 class LocalCluster:
     """Slurm on one host. ``environment`` is what sbatch and its like need to find it."""
 
-    def __init__(self, folder: Path, *, cpus: int = 2, first_port: int | None = None):
+    def __init__(self, folder: Path, *, cpus: int = 2, gpus: int = 0, first_port: int | None = None):
+        """``gpus`` are what Slurm believes to be in a node, as it does of one whose driver is gone."""
         self.folder = folder.resolve()
-        self.cpus = cpus
+        self.cpus, self.gpus = cpus, gpus
         self._given_port = first_port
 
     @property
@@ -72,7 +76,13 @@ class LocalCluster:
             raise
 
     def start_node(self, node: str) -> None:
-        self._run("slurmd", "-N", node)
+        own = ("unshare", "--mount", "--propagation", "private") if node in OWN_MOUNTS else ()
+        self._run(*own, "slurmd", "-N", node)
+
+    def run_on(self, node: str, *command: str) -> str:
+        """Run a command among the mounts of a node, as its jobs see them."""
+        pid = (self.folder / f"{node}.pid").read_text().strip()
+        return self.run("nsenter", f"--mount=/proc/{pid}/ns/mnt", *command)
 
     def kill_node(self, node: str) -> None:
         """SIGKILL a node's slurmd, as a crash of the node would end it."""
@@ -129,6 +139,11 @@ class LocalCluster:
         # munged refuses a folder that others can write
         self.folder.chmod(0o755)
         host, ports = socket.gethostname().split(".")[0], self._ports()
+        gpus = f"\nGresTypes=gpu\nNodeName=n[1-2] Gres=gpu:{self.gpus}" if self.gpus else "\nNodeName=n[1-2]"
+        if self.gpus:
+            for number in range(self.gpus):  # slurmd counts devices that exist, whatever they are
+                os.mknod(self.folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+            (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n")
         (self.folder / "slurm.conf").write_text(
             f"""ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -154,8 +169,7 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 KillWait=5
 SlurmdTimeout=10
-MinJobAge=600
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[1] + 1}] CPUs={self.cpus}
+MinJobAge=600{gpus} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[1] + 1}] CPUs={self.cpus}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
         )

@@ -98,3 +98,16 @@ def test_micro_batches_that_were_not_simulated_add_the_slowest_stage():
     )
     slowest = max(stage.forward + stage.backward for stage in long.stages)
     assert longer.total - long.total == pytest.approx(slowest)
+
+
+def test_packed_experts_pay_for_being_decoded_in_both_passes():
+    """797 M weights of a layer's 32 experts: 17 / 32 bytes in and 2 out each."""
+    layout = make_layout(ParallelConfig(), MODEL, 1)
+    frozen = replace(WORK, frozen=("encoder", "language", "experts", "router"))
+    plain, packed = (
+        chunk_seconds(MODEL, layout, H100, replace(frozen, packed_experts=held), chunk=0, efficiency=0.37)
+        for held in (False, True)
+    )
+    decoding = 24 * 32 * 3 * 2880**2 * (17 / 32 + 2) / H100.memory_bandwidth
+    assert packed.forward - plain.forward == pytest.approx(decoding)
+    assert packed.backward - plain.backward == pytest.approx(decoding)

@@ -108,6 +108,34 @@ def test_the_written_run_loads_and_is_the_recommended_one(tmp_path):
     assert run.stages[0].micro_batch_rows == tree["layouts"][0]["micro_batch_rows"]
 
 
+def test_a_plan_with_packed_experts_is_written_as_such(tmp_path):
+    """19.1 B weights of experts: 38.2 GB, or 10.15 GB packed."""
+    out, frozen = tmp_path / "run.yaml", ["encoder", "language", "experts", "router"]
+    packed, plain = (
+        json.loads(run_plan("gpt-oss-20b", gpus=1, gpu="h100", frozen=frozen, mxfp4_frozen=m, json=True, out=out))
+        for m in (True, False)
+    )
+    assert load_run(out).stages[0].experts == "plain"
+    run_plan("gpt-oss-20b", gpus=1, gpu="h100", frozen=frozen, mxfp4_frozen=True, out=out)
+    assert load_run(out).stages[0].experts == "packed"
+    weights = [tree["layouts"][0]["stages"][0]["memory"]["weights"] / 1e9 for tree in (packed, plain)]
+    assert weights[1] - weights[0] == pytest.approx(38.2 - 10.15, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target_share": 1.5}, "--target-share 1.5: must be between 0 and 1"),
+        ({"efficiency": 0.0}, "--efficiency 0: must be between"),
+        ({"skew": 0.5}, "--skew 0.5: must be at least 1"),
+        ({"images_per_row": -1.0}, "--images-per-row -1: must be at least 0"),
+    ],
+)
+def test_impossible_shares_are_one_line(options, says):
+    with pytest.raises(UsageError, match=says):
+        run_plan("tiny", gpus=1, **options)
+
+
 def test_the_table_names_layouts_stages_and_refusals(tmp_path):
     text = run_plan("gpt-oss-20b", gpus=16, gpu="h100", plot=tmp_path / "plan.png")
     assert "tok/s/GPU" in text

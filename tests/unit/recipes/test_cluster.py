@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_medgpt.config.load import load_run
 from megatron_medgpt.config.schema import StageConfig
 from megatron_medgpt.parallel.hardware import accelerator
 from megatron_medgpt.parallel.memory import rank_parameters
 from megatron_medgpt.parallel.plan import make_layout
+from megatron_medgpt.parallel.plan_command import run_plan
 from megatron_medgpt.parallel.planner import Request, make_plan
 from megatron_medgpt.parallel.published import EFFICIENCY
 from megatron_medgpt.recipes import RECIPES, cluster, recipe
@@ -81,6 +83,18 @@ def test_every_pipeline_rank_builds_with_exactly_the_parameters_that_were_planne
     fake_world, monkeypatch, name, num_gpus, stage
 ):
     """Built in the layout's process groups without memory: fake tensors, and the encoder on the meta device."""
+    builds_as_planned(recipe(name), stage, num_gpus, fake_world, monkeypatch)
+
+
+def test_a_written_plan_loads_and_builds(fake_world, monkeypatch, tmp_path):
+    """Four pipeline stages of unequal depth."""
+    run_plan("gpt-oss-120b", gpus=32, gpu="h100", global_batch_rows=128, out=tmp_path / "run.yaml")
+    run = load_run(tmp_path / "run.yaml")
+    assert run.parallel.pipeline > 1
+    builds_as_planned(run, run.stages[0], 32, fake_world, monkeypatch)
+
+
+def builds_as_planned(run, stage, num_gpus, fake_world, monkeypatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from megatron_medgpt.model.build import build_model
@@ -91,7 +105,6 @@ def test_every_pipeline_rank_builds_with_exactly_the_parameters_that_were_planne
     monkeypatch.setattr(
         ReplicatedModule, "finish", lambda self, **_: None
     )  # to_empty cannot leave the meta device here
-    run = recipe(name)
     layout = make_layout(run.layout_of(stage), run.model, num_gpus)
     for pipeline_rank in range(layout.pipeline):
         fake_world(pipeline_rank * num_gpus // layout.pipeline, num_gpus)

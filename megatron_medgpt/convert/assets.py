@@ -74,7 +74,9 @@ def config_json(config: ModelConfig, *, part: str, dtype: str, tokenizer: Tokeni
     result = text if part == "language" else values
     if dtype == "mxfp4":
         kept = ["self_attn", "mlp.router", "embed_tokens", "lm_head", "vision_tower", "multi_modal_projector"]
-        result["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+        # Both: transformers looks at the whole model's, vLLM's GPT-oss loader at its own section's.
+        for section in (text, result):
+            section["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     result["transformers_version"] = values["transformers_version"]
     return result
 

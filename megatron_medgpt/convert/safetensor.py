@@ -25,6 +25,8 @@ from megatron_medgpt.config.errors import UsageError
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+_PIECE_BYTES = 1 << 20
+"""Written at a time: 64 MiB at once from a mapped file take the kernel 2 to 4 times as long a byte."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -298,7 +300,7 @@ class SafetensorsWriter:
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         offset = start + first * row_bytes
         while data:
-            done = os.pwrite(descriptor, data, offset)
+            done = os.pwrite(descriptor, data[:_PIECE_BYTES], offset)
             data, offset = data[done:], offset + done
 
     def finish(self) -> None:

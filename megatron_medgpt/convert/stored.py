@@ -28,6 +28,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.convert.safetensor import MappedFile, TensorSpec
 
 STACK = "language.decoder.layers."
+_MAX_DESCRIPTION_BYTES = 1 << 16
 _LAYER = re.compile(re.escape(STACK) + r"(\d+)\.(.+)")
 
 
@@ -181,23 +182,33 @@ def _place(chunk: _Chunk, dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
     def refuse(why: str) -> WorkError:
         return WorkError(f"{chunk.file.path}: the chunk at byte {chunk.start} {why}; the checkpoint is damaged")
 
+    def contents(entry: zipfile.ZipInfo) -> int:
+        """Byte of the file at which an entry's contents begin, behind its own header."""
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise refuse("is compressed")
+        header = chunk.file.bytes(chunk.start + entry.header_offset, chunk.start + entry.header_offset + 30)
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return chunk.start + entry.header_offset + 30 + names
+
+    def small(entry: zipfile.ZipInfo) -> bytes:
+        # Not through zipfile, which wants the CRC-32 that our writer leaves out (see store.py).
+        return chunk.file.bytes(contents(entry), contents(entry) + min(entry.file_size, _MAX_DESCRIPTION_BYTES))
+
     try:
-        window = _Window(chunk.file, chunk.start, chunk.length)
-        with zipfile.ZipFile(window) as archive:
+        with zipfile.ZipFile(_Window(chunk.file, chunk.start, chunk.length)) as archive:
             by_leaf = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            description = _TensorUnpickler(io.BytesIO(archive.read(by_leaf["data.pkl"]))).load()
-            order = archive.read(by_leaf["byteorder"]) if "byteorder" in by_leaf else b"little"
-            data = by_leaf["data/" + description.key]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError, AttributeError, ValueError) as error:
+        description = _TensorUnpickler(io.BytesIO(small(by_leaf["data.pkl"]))).load()
+        order = small(by_leaf["byteorder"]) if "byteorder" in by_leaf else b"little"
+        data = by_leaf["data/" + description.key]
+    except (
+        zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError, AttributeError, ValueError, TypeError,
+    ) as error:  # fmt: skip
         raise refuse(f"is not readable ({error})") from None
-    if order != b"little" or data.compress_type != zipfile.ZIP_STORED:
-        raise refuse("is big-endian or compressed")
+    if order != b"little":
+        raise refuse("is big-endian")
     if description.shape != chunk.sizes or description.dtype != dtype:
         raise refuse(f"is {description.shape} {description.dtype}, its metadata says {chunk.sizes} {dtype}")
-    header = chunk.file.bytes(chunk.start + data.header_offset, chunk.start + data.header_offset + 30)
-    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    start = chunk.start + data.header_offset + 30 + names + description.offset * dtype.itemsize
-    return start, description.strides
+    return contents(data) + description.offset * dtype.itemsize, description.strides
 
 
 class _Window(io.RawIOBase):

@@ -1,11 +1,12 @@
 """Conversions of a model of full width, with random weights: seconds, bytes per second, peak memory, beside ``cp``.
 
     python tools/convert/benchmark.py --work DIR                      20B in MXFP4 in and out, packed (40 GB of disk)
-    python tools/convert/benchmark.py --work DIR --dtype bf16 --layers 2
+    python tools/convert/benchmark.py --work DIR --dtype bf16 --layers 1
 
 The published folder is made of random blocks once and kept in DIR. Every measurement runs in a process of its own, so
-that its peak memory is its own; ``cp`` is followed by a flush, as the conversions are. The page cache is what the
-machine makes of it: the order is cp, in, out, cp, and the table gives both copies.
+that its peak memory is its own, and ends with a flush of the disk, ``cp`` too. It is made twice: ``cold``, after what
+it reads was dropped from the page cache (the machine below may still have it), and ``warm``, when it was just read. The
+seconds of a conversion include the start of Python and its imports (row ``start-up``).
 """
 
 from __future__ import annotations
@@ -65,9 +66,20 @@ def make_published(folder: Path, num_layers: int, experts: str) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def measure(name: str, command: list[str], num_bytes: int) -> dict[str, float | str]:
-    """Run a command and flush the disk; its seconds, rate and largest resident memory (of any of its processes)."""
+def measure(name: str, command: list[str], read: Path, num_bytes: int, *, cold: bool) -> dict[str, float | str]:
+    """Run a command and flush the disk; its seconds, rate and largest resident memory (of any of its processes).
+
+    Args:
+        read: folder that the command reads; dropped from the page cache first, or read first.
+    """
     os.sync()
+    for path in read.glob("*"):
+        with open(path, "rb", buffering=0) as stream:
+            if cold:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while stream.read(1 << 24):
+                    pass
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -76,8 +88,9 @@ def measure(name: str, command: list[str], num_bytes: int) -> dict[str, float | 
     if status:
         raise SystemExit(f"{name} failed: {' '.join(command)}")
     row = {
-        "what": name, "seconds": round(seconds, 1), "gb_per_s": round(num_bytes / 1e9 / seconds, 3),
-        "peak_gib": round(usage.ru_maxrss / 2**20, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "what": f"{name}, {'cold' if cold else 'warm'}", "seconds": round(seconds, 1),
+        "gb_per_s": round(num_bytes / 1e9 / seconds, 3), "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
     }  # fmt: skip
     print(json.dumps(row), flush=True)
     return row
@@ -98,7 +111,7 @@ def main() -> None:
         make_published(source, arguments.layers, "mxfp4" if arguments.dtype == "mxfp4" else "plain")
         return
     if arguments.step == "import":
-        plan = plan_import(source, new_vision="clip-l-14-336", keep_packed=packed)
+        plan = plan_import(source, new_vision="tiny-clip", keep_packed=packed)
         import_hf(plan, start, num_threads=arguments.threads)
         return
     if arguments.step == "export":
@@ -113,24 +126,28 @@ def main() -> None:
     train_tokenizer(["what is this?"], work / "tokenizer", 400)
     num_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     rows = []
-    for folder in (start, out, work / "copy"):
+    copied = work / "copy"
+    for folder in (start, out, copied):
         shutil.rmtree(folder, ignore_errors=True)
-    copy = ["cp", "-r", str(source), str(work / "copy")]
-    rows.append(measure("cp", copy, num_bytes))
-    shutil.rmtree(work / "copy")
-    rows.append(measure("hf-to-megatron", [*again, "import"], num_bytes))
-    rows.append(measure("megatron-to-hf", [*again, "export"], num_bytes))
-    same = all(
-        subprocess.run(["cmp", "-s", str(path), str(out / path.name)], check=False).returncode == 0
-        for path in source.glob("*.safetensors")
-    )
-    shutil.rmtree(out)
-    shutil.rmtree(start)
-    rows.append(measure("cp again", copy, num_bytes))
-    shutil.rmtree(work / "copy")
+    nothing = [sys.executable, "-c", "import megatron_medgpt.convert.command"]
+    rows.append(measure("start-up", nothing, work / "tokenizer", 0, cold=False))
+    copy = ["cp", "-r", str(source), str(copied)]
+    for cold in (True, False):
+        rows.append(measure("cp", copy, source, num_bytes, cold=cold))
+        shutil.rmtree(copied)
+        rows.append(measure("hf-to-megatron", [*again, "import"], source, num_bytes, cold=cold))
+        rows.append(measure("megatron-to-hf", [*again, "export"], start, num_bytes, cold=cold))
+        same = all(
+            subprocess.run(["cmp", "-s", str(path), str(out / path.name)], check=False).returncode == 0
+            for path in source.glob("*.safetensors")
+        )
+        shutil.rmtree(out)
+        shutil.rmtree(start)
+        if not same:
+            raise SystemExit("what came out is not what went in")
     result = {
         "gb": round(num_bytes / 1e9, 2), "dtype": arguments.dtype, "layers": arguments.layers,
-        "unpacked": arguments.unpack, "same_bytes_out": same, "rows": rows, "threads": arguments.threads,
+        "unpacked": arguments.unpack, "same_bytes_out": True, "rows": rows, "threads": arguments.threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
         "own_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "language": asdict(GPT_OSS_20B)["hidden_size"],

@@ -33,11 +33,15 @@ from megatron.core.distributed import (  # isort: skip  (groups has prepared the
 )
 
 
-def model_with(parallel: ParallelConfig, dtype=torch.float32, options=None, **kernels):
+def model_and_groups(parallel: ParallelConfig, dtype=torch.float32, options=None, **kernels):
     layout = make_layout(parallel, MODEL, 2)
     made = groups.build_groups(layout)
     chosen = KernelConfig(**kernels)
-    return build_model(MODEL, layout=layout, groups=made, dtype=dtype, kernels=chosen, **(options or {}))[0]
+    return build_model(MODEL, layout=layout, groups=made, dtype=dtype, kernels=chosen, **(options or {}))[0], made
+
+
+def model_with(parallel: ParallelConfig, dtype=torch.float32, **kernels):
+    return model_and_groups(parallel, dtype, **kernels)[0]
 
 
 class Rounded(torch.autograd.Function):
@@ -101,66 +105,61 @@ def loss_and_grads(model, batch):
 
 def check_fused(rank: int) -> None:
     """Without rounding the ways differ in the order of sums alone; in FP8 they round the same rows."""
-    for degrees in ({"expert": 2}, {"tensor": 2, "expert": 2}, {}):
+    for degrees, experts in (
+        ({"expert": 2}, "bf16"), ({"expert": 2}, "fp8"), ({"tensor": 2, "expert": 2}, "fp8"), ({}, "bf16"),
+    ):  # fmt: skip
         parallel = ParallelConfig(**degrees)
         length = row(0).token_ids_BS.shape[1]
         share = length // parallel.tensor
         first = rank % parallel.tensor * share
         batch = own_part(row(rank // parallel.tensor), first=first, end=first + share, dtype=torch.float64)
-        for experts, dispatch in (("bf16", "bf16"), ("fp8", "fp8")):
-            found = []
-            for permute, router in (("engine", "reference"), ("fused", "fused")):
-                model = model_with(
-                    parallel, torch.float64, experts=experts, dispatch=dispatch, permute=permute, router=router
-                )
-                found.append(loss_and_grads(model, batch))
-                groups.destroy_groups()
-            assert len(found[0]) == len(found[1]) > 40
-            for a, b in zip(*found):
-                error = (a - b).norm() / (b.norm() + 1e-30)
-                assert error < (1e-12 if experts == "bf16" else 1e-6), (degrees, experts, float(error))
+        dispatch = "fp8" if experts == "fp8" else "bf16"
+        found = []
+        for permute, router in (("engine", "reference"), ("fused", "fused")):
+            model = model_with(
+                parallel, torch.float64, experts=experts, dispatch=dispatch, permute=permute, router=router
+            )
+            found.append(loss_and_grads(model, batch))
+            groups.destroy_groups()
+        assert len(found[0]) == len(found[1]) > 40
+        for a, b in zip(*found):
+            error = float((a - b).norm() / (b.norm() + 1e-30))
+            assert error < 1e-12, (degrees, experts, error)
 
 
 def check_main_grad(rank: int) -> None:
     """Two micro-batches, the second of which leaves experts idle that the first used."""
     wrapper = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    for degrees in ({}, {"expert": 2}):
-        for experts in ("grouped", "bf16"):
-            for dtype in (torch.float32, torch.bfloat16):
-                found, made_whole = [], []
-                for way in ("autograd", "direct"):
-                    model = model_with(ParallelConfig(**degrees), dtype, experts=experts, expert_gradients=way)
-                    pg = groups.build_groups(make_layout(ParallelConfig(**degrees), MODEL, 2))
-                    wrapped = DistributedDataParallel(
-                        config=model.config, ddp_config=wrapper, module=model, pg_collection=pg
-                    )
-                    wrapped.zero_grad_buffer()
-                    weight = model.language.decoder.layers[0].mlp.experts.gate_up
-                    for micro in range(2):
-                        length = row(0).token_ids_BS.shape[1]
-                        batch = own_part(row(2 * rank + micro), first=0, end=length, dtype=dtype)
-                        wrapped(batch).sum().backward()
-                    made_whole.append(bool(weight.grad_added_to_main_grad))
-                    found.append([p.main_grad.clone() for p in model.parameters()])
-                    groups.destroy_groups()
-                assert made_whole == [False, True]
-                assert all(torch.equal(a, b) for a, b in zip(*found)), (degrees, experts, dtype)
-                assert any(a.count_nonzero() for a in found[0])
+    cases = (({}, "grouped", torch.bfloat16), ({"expert": 2}, "grouped", torch.float32),
+             ({"expert": 2}, "bf16", torch.bfloat16))  # fmt: skip
+    for degrees, experts, dtype in cases:
+        found, written = [], []
+        for way in ("autograd", "direct"):
+            model, pg = model_and_groups(ParallelConfig(**degrees), dtype, experts=experts, expert_gradients=way)
+            wrapped = DistributedDataParallel(config=model.config, ddp_config=wrapper, module=model, pg_collection=pg)
+            wrapped.zero_grad_buffer()
+            for micro in range(2):
+                length = row(0).token_ids_BS.shape[1]
+                wrapped(own_part(row(2 * rank + micro), first=0, end=length, dtype=dtype)).sum().backward()
+            written.append(bool(model.language.decoder.layers[0].mlp.experts.gate_up.grad_added_to_main_grad))
+            found.append([p.main_grad.clone() for p in model.parameters()])
+            groups.destroy_groups()
+        assert written == [False, True]
+        assert all(torch.equal(a, b) for a, b in zip(*found)), (degrees, experts, dtype)
+        assert all(a.count_nonzero() for a in found[0][:4])
 
 
 def check_packed(rank: int, folder: Path) -> None:
     """Packed experts of two ranks are saved, and loaded whole and unpacked by each of two data ranks."""
     options = {"frozen": ("experts",), "packed_experts": True}
-    model = model_with(ParallelConfig(expert=2), options=options)
-    pg = groups.build_groups(make_layout(ParallelConfig(expert=2), MODEL, 2))
+    model, pg = model_and_groups(ParallelConfig(expert=2), options=options)
     own = model.language.decoder.layers[1].mlp.experts
     mine = [own.down_blocks.clone(), own.down_scales.clone()]
     save_checkpoint(folder, 1, state.model_state([model], pg), CheckpointFacts(step=1), parallel_group=pg.dp_cp)
     groups.destroy_groups()
     path = folder / "step-00000001"
     assert holds_packed_experts(path)
-    model = model_with(ParallelConfig())
-    pg = groups.build_groups(make_layout(ParallelConfig(), MODEL, 2))
+    model, pg = model_and_groups(ParallelConfig())
     loaded, _ = load_checkpoint(path, state.model_state([model], pg, packed_experts=True))
     state.load_weights([model], loaded)
     whole = model.language.decoder.layers[1].mlp.experts.down

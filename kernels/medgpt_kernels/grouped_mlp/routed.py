@@ -68,19 +68,20 @@ def to_fp8(w_EKN: Tensor, *, implementation: str = "auto") -> Weights:
     return Weights("fp8", codes.transpose(1, 2).contiguous(), codes, scales, tuple(w_EKN.shape[1:]))
 
 
-def packed_to_fp8(
-    blocks: Tensor, scales: Tensor, *, known_to_fit: bool = False, implementation: str = "auto"
-) -> Weights:
+def packed_to_fp8(blocks: Tensor, scales: Tensor, *, checked: bool = False, implementation: str = "auto") -> Weights:
     """The same numbers as MXFP4 weights, in E4M3.
 
     Args:
-        known_to_fit: the tiles were checked before (weights that do not change), so that nothing waits for the device.
+        checked: scales and tiles were checked before, as those of weights that do not change are: nothing waits for
+            the device.
 
     Raises:
-        ValueError: the exponents of some 128x128 tiles spread too far to be exact; their number is given.
+        ValueError: a scale is NaN, or the exponents of some 128x128 tiles spread too far to be exact; their number is
+            given.
     """
     codes, tile_scales, fits = mx.mxfp4_to_e4m3(blocks, scales, implementation=implementation)
-    if not known_to_fit:
+    if not checked:
+        mx.check_scales(scales)
         check_fits(fits)
     codes = codes.view(torch.uint8)
     _, N, groups = scales.shape
@@ -102,9 +103,18 @@ def check_fits(fits: Tensor) -> None:
     )
 
 
-def packed(blocks: Tensor, scales: Tensor) -> Weights:
-    """Frozen weights that stay in MXFP4 and are decoded inside the products."""
+def packed(blocks: Tensor, scales: Tensor, *, checked: bool = False) -> Weights:
+    """Frozen weights that stay in MXFP4 and are decoded inside the products.
+
+    Args:
+        checked: see ``packed_to_fp8``.
+
+    Raises:
+        ValueError: a scale is NaN; dtypes, shapes or layouts that are not served.
+    """
     mx._check_packed(blocks, scales)
+    if not checked:
+        mx.check_scales(scales)
     _, N, groups = scales.shape
     return Weights("mxfp4", blocks, blocks, scales, (groups * 32, N))
 

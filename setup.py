@@ -31,6 +31,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     "te": ["transformer-engine[pytorch]"],
+    "nvcc": ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"],  # compiles the .cu sources where no CUDA toolkit is installed
     "dev": [
         "pytest",
         "pyarrow",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import pathlib
 import shutil
 import subprocess
@@ -23,8 +24,15 @@ FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-Werror", "all
 
 
 def find() -> str | None:
-    """Path of nvcc, or None."""
-    return shutil.which("nvcc")
+    """Path of nvcc: of the toolkit on the PATH, else of NVIDIA's wheels (nvidia-cuda-nvcc with nvidia-cuda-cccl), or
+    None."""
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        return on_path
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations if package is not None else None
+    found = sorted(str(path) for folder in folders or () for path in pathlib.Path(folder).glob("cu*/bin/nvcc"))
+    return found[-1] if found else None
 
 
 def architectures(compiler: str) -> tuple[str, ...]:
@@ -38,7 +46,8 @@ def _call(source: pathlib.Path, more_flags: tuple[str, ...]) -> tuple[list[str],
     compiler = find()
     if compiler is None:
         raise RuntimeError(
-            "nvcc is not on the PATH; install the CUDA toolkit (12.0 or later) or use implementation triton"
+            "nvcc is not on the PATH; install the CUDA toolkit (12.0 or later), or its wheels with pip install "
+            "nvidia-cuda-nvcc nvidia-cuda-cccl, or use implementation triton"
         )
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures(compiler)]
     flags = [*FLAGS, *code, *more_flags]

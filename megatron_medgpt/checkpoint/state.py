@@ -43,7 +43,7 @@ def model_state(
     Args:
         models: the virtual chunks of this pipeline rank, bare or wrapped for data parallelism.
         groups: process groups of the layout; replicas are told apart by its data-parallel group.
-        packed_experts: make places for experts in MXFP4, which ``load_weights`` unpacks (``load.holds_packed_experts``).
+        packed_experts: make places for MXFP4 experts, which ``load_weights`` unpacks (``load.holds_packed_experts``).
 
     Returns:
         ``{"model0": {name: ShardedTensor}, ...}``. TransformerEngine's extra states (FP8 histories, pickled) are left

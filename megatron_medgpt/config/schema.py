@@ -180,6 +180,15 @@ class KernelConfig:
     """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded
     to MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
     ``grouped``, PyTorch's products, until the fused ones have been measured on a GPU."""
+    expert_gradients: Literal["auto", "autograd", "direct"] = "auto"
+    """``direct`` (``auto``) writes gradients of expert weights into the optimizer's buffer expert by expert;
+    ``autograd`` makes them for all experts of a layer and then adds them. On a CPU the bits are the same."""
+    router: Literal["auto", "reference", "fused"] = "auto"
+    """``fused``: logits, choice and weights in one pass, logits in float32 (plain PyTorch on a CPU). ``auto`` is
+    ``reference``, PyTorch's operations in the run's precision, until the fused one has been measured on a GPU."""
+    permute: Literal["auto", "engine", "fused"] = "auto"
+    """``fused`` sends rows in the order of their experts and lets the experts gather what they multiply; needs
+    ``experts`` bf16, fp8 or mxfp4. ``auto`` is ``engine``, megatron-core's sorting before and after the experts."""
     dispatch: Literal["bf16", "fp8"] = "bf16"
     """Numbers of the rows that expert-parallel ranks send each other: ``bf16`` is the run's precision."""
     projector: Literal["auto", "reference", "fused"] = "auto"
@@ -191,6 +200,9 @@ class KernelConfig:
         choices = {
             "attention": ("auto", "reference", "flex"),
             "experts": ("auto", "reference", "grouped", "bf16", "fp8", "mxfp4"),
+            "expert_gradients": ("auto", "autograd", "direct"),
+            "router": ("auto", "reference", "fused"),
+            "permute": ("auto", "engine", "fused"),
             "dispatch": ("bf16", "fp8"),
             "projector": ("auto", "reference", "fused"),
             "loss": ("auto", "whole", "chunked"),
@@ -200,6 +212,11 @@ class KernelConfig:
                 getattr(self, name) in allowed,
                 f"kernels.{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}",
             )
+        _require(
+            self.permute != "fused" or self.experts in ("bf16", "fp8", "mxfp4"),
+            f"kernels.permute=fused gives the experts rows in any order, which kernels.experts={self.experts} does not "
+            "take; set kernels.experts to bf16, fp8 or mxfp4",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,8 +327,8 @@ class StageConfig:
     frozen: tuple[str, ...] = ()
     """Modules that do not learn (see ``MODULES``)."""
     experts: Literal["plain", "packed"] = "plain"
-    """``packed`` keeps the experts, which must be frozen, in MXFP4 (17 bytes for 32 weights) and decodes them where they
-    are used. It starts from a checkpoint made with ``medgpt convert hf-to-megatron --keep-packed`` or of another such
+    """``packed`` keeps the experts, which must be frozen, in MXFP4 (17 bytes for 32 weights) and decodes them where
+    they are used. It starts from a checkpoint of ``medgpt convert hf-to-megatron --keep-packed`` or of another such
     stage; a ``plain`` stage unpacks what it starts from."""
     parallel: ParallelConfig | None = None
     """Layout of this stage; the run's layout when not given."""

@@ -31,6 +31,7 @@ class Fp8Dispatcher(MoEAlltoAllTokenDispatcher):
             permutated_local_input_tokens,
             lambda payload: self._exchange(payload, received, sent),
             lambda grad: self._exchange(grad, sent, received),
+            implementation="triton" if permutated_local_input_tokens.is_cuda else "reference",
         )
         return rows, all_to_all(self.ep_group, permuted_probs, received, sent)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.model.attention import RowInfo, mark_slice
+from megatron_medgpt.model.fused_dispatch import RoutedRows
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 from megatron_medgpt.types import MODALITIES
 
@@ -68,21 +69,31 @@ class Router(MegatronModule):
         self.layer_number = layer_number
 
     def forward(self, hidden_SBH: Tensor, padding_mask: Any = None, *_: Any) -> tuple[Tensor, Tensor]:
-        """Weights (T, E) with zeros at experts that were not chosen, and the choice (T, E) bool."""
+        """Weights (T, E) with zeros at experts that were not chosen, and the choice (T, E) bool: what megatron-core's
+        dispatchers take. For ``FusedDispatcher`` weights (T, K) of at least float32 and choices (T, K) int32."""
         logits_TE, weights_TK, experts_TK = self.choose(hidden_SBH.flatten(0, -2))
-        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
-        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
         if self.training:
             self._count(experts_TK)
         if self.training and torch.is_grad_enabled():
-            weights_TE = self._with_losses(weights_TE, logits_TE, chosen_TE)
-        return weights_TE.to(hidden_SBH.dtype), chosen_TE
+            weights_TK = self._with_losses(weights_TK, logits_TE, experts_TK)
+        if self.config.permute == "fused":
+            return weights_TK, experts_TK.to(torch.int32)
+        weights_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
+        return weights_TE.to(hidden_SBH.dtype), _chosen(logits_TE, experts_TK)
 
     def choose(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T, E), weights of the chosen experts (T, K) and which they are (T, K), at least float32."""
+        """Logits (T, E), weights of the chosen experts (T, K) and which they are (T, K), the largest logit first; the
+        floats at least float32."""
+        top_k = self.config.moe_router_topk
+        if self.config.router_kernel == "fused":
+            made = route.route(
+                hidden_TH.contiguous(), self.weight, self.bias, top_k=top_k,
+                implementation="triton" if hidden_TH.is_cuda else "reference",
+            )  # fmt: skip
+            return made.logits_TE, made.weights_TK, made.experts_TK.long()
         logits_TE = F.linear(hidden_TH, self.weight, self.bias)
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        top_TK, experts_TK = logits_TE.topk(self.config.moe_router_topk, dim=-1)
+        top_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
         return logits_TE, torch.softmax(top_TK, dim=-1), experts_TK
 
     def _count(self, experts_TK: Tensor) -> None:
@@ -95,12 +106,12 @@ class Router(MegatronModule):
         places = (rows.categories_T[:, None] * self.config.num_moe_experts + experts_TK).flatten()
         self.load_CE.view(-1).scatter_add_(0, places, torch.ones_like(places))
 
-    def _with_losses(self, weights_TE: Tensor, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+    def _with_losses(self, weights: Tensor, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         balance, z = self.config.router_balance_coefficient, self.config.router_z_coefficient
         if not (balance or z) or self.rows is None:
-            return weights_TE
+            return weights
         kept_T = (self.rows.categories_T != PADDING_CATEGORY).to(logits_TE.dtype)
-        load_E = (chosen_TE * kept_T[:, None]).sum(0)
+        load_E = (_chosen(logits_TE, experts_TK) * kept_T[:, None]).sum(0)
         totals = torch.cat([load_E, kept_T.sum()[None]])
         if self.tp_group.size() > 1:
             dist.all_reduce(totals, group=self.tp_group)
@@ -112,7 +123,7 @@ class Router(MegatronModule):
         with torch.no_grad():
             self.losses += torch.stack([balance_loss, z_loss]).double() * self.rows.num_targets
         added = (balance * balance_loss + z * z_loss) * self.rows.num_targets
-        return MoEAuxLossAutoScaler.apply(weights_TE, added)
+        return MoEAuxLossAutoScaler.apply(weights, added)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Whole tensors, replicated over tensor and data ranks."""
@@ -120,6 +131,10 @@ class Router(MegatronModule):
             self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets,
             tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )  # fmt: skip
+
+
+def _chosen(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK.long(), True)
 
 
 class GroupedExperts(MegatronModule):
@@ -150,12 +165,14 @@ class GroupedExperts(MegatronModule):
         for parameter in self.parameters():
             parameter.allreduce = False
             mark_slice(parameter, 0)
-        self._mlp = expert_products(config.experts_kernel, hidden, inner)
+        direct = config.expert_gradients in ("auto", "direct")
+        self._mlp = expert_products(config.experts_kernel, hidden, inner, direct=direct)
 
     def forward(
-        self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int], weights_M: Tensor
+        self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int] | RoutedRows, weights_M: Tensor
     ) -> tuple[Tensor, None]:
-        """Rows sorted by expert to their weighted outputs, (M, H)."""
+        """Rows sorted by expert to their weighted outputs, (M, H); or ``RoutedRows``, with weights (T, K), to the sums
+        of their outputs."""
         weights = (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
         return self._mlp(rows_MH, tokens_per_expert, weights_M, *weights, limit=self.config.swiglu_limit), None
 
@@ -208,14 +225,18 @@ def split_over_experts(
     }
 
 
-def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]:
+def expert_products(name: str, hidden: int, inner: int, *, direct: bool = False) -> Callable[..., Tensor]:
     """The function of (rows, tokens per expert, weights, gate_up, its bias, down, its bias) that a kernel name means.
+
+    Args:
+        direct: gradients of weights that have a ``main_grad`` are written there
+            (``medgpt_kernels.grouped_mlp.weight_grads``); the plain reference leaves them to autograd.
 
     Raises:
         ValueError: MXFP4 blocks of 32 do not fit the expert's sizes.
     """
     if name in ("auto", "grouped"):
-        return partial(_counted, op.grouped_mlp)
+        return partial(_counted, partial(op.grouped_mlp, direct=direct))
     if name == "reference":
         return partial(_counted, reference.grouped_mlp)
     if name == "mxfp4":
@@ -223,7 +244,7 @@ def expert_products(name: str, hidden: int, inner: int) -> Callable[..., Tensor]
             if size % MX_BLOCK:
                 raise ValueError(f"experts=mxfp4 needs model.language.{of} to divide by {MX_BLOCK}; it is {size}")
         return _mxfp4
-    return partial(_routed, precision=name)
+    return partial(routed_rows, precision=name, direct=direct)
 
 
 def _counted(
@@ -243,19 +264,33 @@ def experts_of_rows(tokens_per_expert: Tensor | Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.arange(counts_E.numel()), counts_E)[:, None]
 
 
-def _routed(rows_MH: Tensor, tokens_per_expert, weights_M: Tensor, *weights, limit: float, precision: str) -> Tensor:
-    """The fused layer, for rows that are sorted by expert: a token of its own each. Plain PyTorch on a CPU."""
+def routed_rows(
+    rows_MH: Tensor, tokens_per_expert: Any, weights: Tensor, *weights_and_biases: Any, limit: float, precision: str,
+    direct: bool = False,
+) -> Tensor:  # fmt: skip
+    """The fused layer, for sorted rows (a token of its own each) and for ``RoutedRows``. Plain PyTorch on a CPU."""
+    by_slot = isinstance(tokens_per_expert, RoutedRows)
+    weights_TK = weights if by_slot else weights[:, None]
+    options = {"limit": limit, "direct": direct}
     if not rows_MH.is_cuda:
-        experts_M1 = experts_of_rows(tokens_per_expert)
+        experts_TK = tokens_per_expert.experts_TK if by_slot else experts_of_rows(tokens_per_expert)
         return routed_reference.routed_mlp(
-            rows_MH, weights_M[:, None], experts_M1, *weights, limit=limit, fp8=precision == "fp8"
+            rows_MH, weights_TK, experts_TK, *weights_and_biases, fp8=precision == "fp8", **options
         )
-    counts_E = torch.as_tensor(tokens_per_expert).to(rows_MH.device, non_blocking=True)
-    index = route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
+    index = row_index(rows_MH, tokens_per_expert, weights_and_biases)
     return routed.routed_mlp(
-        rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, *weights, limit=limit,
-        precision=precision, implementation="triton",
+        rows_MH.contiguous(), weights_TK.float().contiguous(), index, *weights_and_biases, precision=precision,
+        implementation="triton", **options,
     )  # fmt: skip
+
+
+def row_index(rows_MH: Tensor, tokens_per_expert: Any, weights_and_biases: Sequence[Any]) -> route.RowIndex:
+    """Where the rows of a rank's experts lie, made on the device."""
+    if isinstance(tokens_per_expert, RoutedRows):
+        num_experts = weights_and_biases[1].shape[0]
+        return route.index(tokens_per_expert.experts_TK.contiguous(), num_experts, implementation="triton")
+    counts_E = torch.as_tensor(tokens_per_expert).to(rows_MH.device, non_blocking=True)
+    return route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
 
 
 def _mxfp4(rows_MH, tokens_per_expert, weights_M, gate_up, gate_up_bias, down, down_bias, *, limit: float) -> Tensor:
@@ -265,6 +300,6 @@ def _mxfp4(rows_MH, tokens_per_expert, weights_M, gate_up, gate_up_bias, down, d
         return fake_quantise_mxfp4(w_EKN.transpose(1, 2)).transpose(1, 2).contiguous()
 
     weights = (rounded(gate_up), gate_up_bias, rounded(down), down_bias)
-    if rows_MH.is_cuda:
-        return _routed(rows_MH, tokens_per_expert, weights_M, *weights, limit=limit, precision="bf16")
+    if rows_MH.is_cuda or isinstance(tokens_per_expert, RoutedRows):
+        return routed_rows(rows_MH, tokens_per_expert, weights_M, *weights, limit=limit, precision="bf16")
     return _counted(op.grouped_mlp, rows_MH, tokens_per_expert, weights_M, *weights, limit=limit)

@@ -32,6 +32,9 @@ class EngineConfig(TransformerConfig):
     swiglu_limit: float = 7.0
     experts_kernel: str = "auto"
     dispatch_payload: str = "bf16"
+    permute: str = "auto"
+    router_kernel: str = "auto"
+    expert_gradients: str = "auto"
     packed_experts: bool = False
     recompute_layers: bool = False
     router_balance_coefficient: float = 0.0
@@ -66,7 +69,8 @@ def engine_config(
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=False,
         perform_initialization=False, calculate_per_token_loss=True,
         sliding_window=language.sliding_window, swiglu_limit=language.swiglu_limit, experts_kernel=kernels.experts,
-        dispatch_payload=kernels.dispatch, packed_experts=packed_experts,
+        dispatch_payload=kernels.dispatch, permute=kernels.permute, router_kernel=kernels.router,
+        expert_gradients=kernels.expert_gradients, packed_experts=packed_experts,
         recompute_layers=recompute == "layer", router_balance_coefficient=router_balance_coefficient,
         router_z_coefficient=router_z_coefficient,
     )  # fmt: skip

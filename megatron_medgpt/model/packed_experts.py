@@ -12,16 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from medgpt_kernels.grouped_mlp import routed, routed_reference
+from medgpt_kernels.grouped_mlp import routed
 from medgpt_kernels.grouped_mlp.packed import PackedStack, packed_mlp
 from medgpt_kernels.mx import op as mx
 from medgpt_kernels.mx.reference import MX_BLOCK
-from medgpt_kernels.route import op as route
 from torch import Tensor, nn
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.model.attention import mark_slice
-from megatron_medgpt.model.experts import experts_of_rows, host_counts, split_over_experts
+from megatron_medgpt.model.experts import host_counts, routed_rows, row_index, split_over_experts
+from megatron_medgpt.model.fused_dispatch import RoutedRows
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 
 prepare_engine()
@@ -42,7 +42,7 @@ def packed_shapes(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[
 
 
 class PackedExperts(MegatronModule):
-    """The experts of one rank in the place of ``GroupedExperts``: same rows in, same rows out, no gradients of their own.
+    """The experts of one rank in the place of ``GroupedExperts``: the same rows in and out, no gradients of their own.
 
     Buffers, E the experts of this rank: ``gate_up_blocks`` (E, 2F, H / 32, 16), ``gate_up_scales`` (E, 2F, H / 32),
     ``down_blocks`` (E, H, F / 32, 16), ``down_scales`` (E, H, F / 32), all uint8. Parameters: the biases of
@@ -70,7 +70,7 @@ class PackedExperts(MegatronModule):
         self._checked = False
 
     def forward(self, rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor) -> tuple[Tensor, None]:
-        """Rows sorted by expert to their weighted outputs, (M, H)."""
+        """As ``GroupedExperts.forward``."""
         stacks = (
             PackedStack(getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales"), rows_MH.dtype)
             for name in STACKS
@@ -119,8 +119,10 @@ class PackedExperts(MegatronModule):
 def packed_products(name: str) -> Callable[..., Tensor]:
     """The function of (rows, tokens per expert, weights, gate_up, its bias, down, its bias) that a kernel name means
     for packed stacks. ``mxfp4``, which rounds weights that learn, would round these to themselves."""
-    if name in ("auto", "grouped", "reference") or (name == "mxfp4" and current_device().type == "cpu"):
+    if name in ("auto", "grouped", "reference"):
         return _by_expert
+    if name == "mxfp4" and current_device().type == "cpu":
+        return _by_expert_or_slot
     return partial(_routed, fp8=name == "fp8")
 
 
@@ -128,26 +130,31 @@ def _by_expert(rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor, *expe
     return packed_mlp(rows_MH, host_counts(tokens_per_expert), *experts, limit=limit) * weights_M[:, None]
 
 
+def _by_expert_or_slot(rows_MH: Tensor, tokens_per_expert: Any, *args: Any, limit: float) -> Tensor:
+    if isinstance(tokens_per_expert, RoutedRows):
+        return _routed(rows_MH, tokens_per_expert, *args, limit=limit, fp8=False)
+    return _by_expert(rows_MH, tokens_per_expert, *args, limit=limit)
+
+
 def _routed(
-    rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor, gate_up: PackedStack, gate_up_bias: Tensor,
+    rows_MH: Tensor, tokens_per_expert: Any, weights: Tensor, gate_up: PackedStack, gate_up_bias: Tensor,
     down: PackedStack, down_bias: Tensor, *, limit: float, fp8: bool,
 ) -> Tensor:  # fmt: skip
-    """The fused layer, for rows that are sorted by expert. Plain PyTorch on a CPU."""
+    """The fused layer, as ``experts.routed_rows``."""
+    experts = (gate_up, gate_up_bias, down, down_bias)
     if not rows_MH.is_cuda:
-        experts_M1 = experts_of_rows(tokens_per_expert)
-        return routed_reference.routed_mlp(
-            rows_MH, weights_M[:, None], experts_M1, gate_up, gate_up_bias, down, down_bias, limit=limit, fp8=fp8
+        return routed_rows(
+            rows_MH, tokens_per_expert, weights, *experts, limit=limit, precision="fp8" if fp8 else "bf16"
         )
-    counts_E = torch.as_tensor(tokens_per_expert).to(rows_MH.device, non_blocking=True)
-    index = route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
+    weights_TK = weights if isinstance(tokens_per_expert, RoutedRows) else weights[:, None]
     return routed.routed_mlp_frozen(
-        rows_MH.contiguous(), weights_M[:, None].float().contiguous(), index, _weights(gate_up, fp8), gate_up_bias,
-        _weights(down, fp8), down_bias, limit=limit,
+        rows_MH.contiguous(), weights_TK.float().contiguous(), row_index(rows_MH, tokens_per_expert, experts),
+        _weights(gate_up, fp8), gate_up_bias, _weights(down, fp8), down_bias, limit=limit,
     )  # fmt: skip
 
 
 def _weights(stack: PackedStack, fp8: bool) -> Any:
     """Blocks that the product decodes, or a function that makes this layer's E4M3 when a pass comes to it."""
     if fp8:
-        return lambda: routed.packed_to_fp8(stack.blocks, stack.scales, known_to_fit=True)
-    return routed.packed(stack.blocks, stack.scales)
+        return lambda: routed.packed_to_fp8(stack.blocks, stack.scales, checked=True)
+    return routed.packed(stack.blocks, stack.scales, checked=True)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_medgpt.model.attention import RowInfo, SinkAttention
 from megatron_medgpt.model.dispatch import Fp8Dispatcher
 from megatron_medgpt.model.experts import GroupedExperts, Router
+from megatron_medgpt.model.fused_dispatch import FusedDispatcher
 from megatron_medgpt.model.packed_experts import PackedExperts
 from megatron_medgpt.model.whole_layer import lies_whole, run_whole
 from megatron_medgpt.parallel.platform import current_device, engine_version, prepare_engine
@@ -55,9 +56,10 @@ class Layer(TransformerLayer):
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         self._lies_whole = lies_whole(self)
-        if config.dispatch_payload == "fp8":
+        fused = config.permute == "fused"
+        if fused or config.dispatch_payload == "fp8":
             moe = self.mlp
-            moe.token_dispatcher = Fp8Dispatcher(
+            moe.token_dispatcher = (FusedDispatcher if fused else Fp8Dispatcher)(
                 moe.num_local_experts, moe.local_expert_indices, config=config, pg_collection=pg_collection
             )
 

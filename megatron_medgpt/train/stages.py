@@ -125,8 +125,8 @@ def _load(config: RunConfig, parts: Parts, newest: Path | None, facts: Checkpoin
     packed, wanted = holds_packed_experts(source), parts.stage.experts == "packed"
     if wanted and not packed:
         raise UsageError(
-            f"stages.{parts.stage.name}.experts=packed, but {source} holds plain experts, and packing them would change "
-            "them; start from a checkpoint of medgpt convert hf-to-megatron --keep-packed, or set it to plain"
+            f"stages.{parts.stage.name}.experts=packed, but {source} holds plain experts, and packing them would "
+            "change them; start from a checkpoint of medgpt convert hf-to-megatron --keep-packed, or set it to plain"
         )
     if packed and not wanted:
         log.info("stage %s unpacks the MXFP4 experts of %s", parts.stage.name, Path(source).name)

@@ -14,6 +14,7 @@ from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ProjectorConfig
 from megatron_medgpt.model.experts import expert_products
+from megatron_medgpt.model.fused_dispatch import RoutedRows
 from megatron_medgpt.model.merge import ImageRun, merge_images
 from megatron_medgpt.model.projector import Projector
 
@@ -56,12 +57,35 @@ def test_expert_choices_are_the_plain_experts_up_to_their_rounding(name):
     assert low <= error <= high
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp4"])
+def test_rows_in_any_order_are_the_sorted_rows_summed_over_their_slots(name):
+    """What the fused dispatcher hands over: tokens with two slots each, instead of their rows sorted by expert."""
+    generator = torch.Generator().manual_seed(1)
+    H, F, E, T = 64, 32, 4, 13
+    experts_TK = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(T)]).int()
+    x, weights_TK = torch.randn(T, H, generator=generator), torch.rand(T, 2, generator=generator)
+    stacks = [
+        torch.randn(s, generator=generator) * s[-2] ** -0.5 for s in ((E, H, 2 * F), (E, 2 * F), (E, F, H), (E, H))
+    ]
+    products = expert_products(name, H, F)
+    found = products(x, RoutedRows(experts_TK), weights_TK, *stacks, limit=7.0)
+    entry = torch.argsort(experts_TK.flatten().long(), stable=True)
+    counts = torch.bincount(experts_TK.flatten(), minlength=E)
+    rows = products(x[entry // 2], counts, weights_TK.flatten()[entry], *stacks, limit=7.0)
+    torch.testing.assert_close(found, torch.zeros_like(x).index_add(0, entry // 2, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fused_dispatcher_needs_experts_that_gather():
+    with pytest.raises(UsageError, match=r"kernels.permute=fused .* set kernels.experts to bf16, fp8 or mxfp4"):
+        KernelConfig(permute="fused", experts="grouped")
+
+
 def test_mxfp4_refuses_sizes_that_are_not_whole_blocks():
     with pytest.raises(ValueError, match=r"model\.language\.hidden_size to divide by 32; it is 40"):
         expert_products("mxfp4", 40, 32)
 
 
-@pytest.mark.parametrize("field", ["experts", "dispatch", "projector", "loss"])
+@pytest.mark.parametrize("field", ["experts", "expert_gradients", "router", "permute", "dispatch", "projector", "loss"])
 def test_an_unknown_kernel_choice_is_refused_with_what_is_allowed(field):
     with pytest.raises(UsageError, match=f"kernels.{field}='fast'; allowed: "):
         replace(KernelConfig(), **{field: "fast"})

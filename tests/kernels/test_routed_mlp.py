@@ -257,6 +257,14 @@ def test_a_tile_that_is_not_exact_in_e4m3_is_refused_and_counted(spread):
         routed.packed_to_fp8(blocks, scales, implementation="reference")
 
 
+@pytest.mark.parametrize("make", [routed.packed, routed.packed_to_fp8])
+def test_a_nan_scale_is_refused_where_the_weights_are_given(make):
+    blocks, scales = torch.zeros(2, 40, 2, 16, dtype=torch.uint8), torch.full((2, 40, 2), 120, dtype=torch.uint8)
+    scales[1, 3, 0] = scales[0, 0, 1] = 255
+    with pytest.raises(ValueError, match=r"scales holds 2 NaN scales \(E8M0 255\) of 160; allowed: 0 to 254"):
+        make(blocks, scales)
+
+
 def test_fake_quantised_experts_train_through_their_rounding():
     w = torch.randn(2, 64, 32, requires_grad=True)
     rounded = mx_op.fake_quantise_mxfp4(w.transpose(1, 2), implementation="reference").transpose(1, 2)
@@ -264,15 +272,15 @@ def test_fake_quantised_experts_train_through_their_rounding():
     assert not torch.equal(rounded, w) and (w.grad == 3).all()
 
 
-FORWARD = "z.to(tl.float32), (BLOCK_M, BLOCK_N // 2, 2)))\n        "
+FORWARD = "columns.shape[0] // 2, 2)))\n    "
 MUTANTS = {
     "gate_up bias dropped": ("z = rounding.cast(z + bias", "z = rounding.cast(z + 0 * bias"),
     "down bias dropped": ("out += bias.to(tl.float32)", "out += 0 * bias.to(tl.float32)"),
     "gate clamped below too": (FORWARD + "gate = tl.minimum(gate, limit)", FORWARD + "gate = tl.maximum(tl.minimum(gate, limit), -limit)"),
-    "up not clamped below": (FORWARD + "gate = tl.minimum(gate, limit)\n        up = tl.minimum(tl.maximum(up, -limit), limit)", FORWARD + "gate = tl.minimum(gate, limit)\n        up = tl.minimum(up, limit)"),
+    "up not clamped below": (FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(tl.maximum(up, -limit), limit)", FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(up, limit)"),
     "plus one dropped": ("a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)", "a = up * gate * tl.sigmoid(gate * ALPHA)"),
     "alpha of one": ("gate * tl.sigmoid(gate * ALPHA)", "gate * tl.sigmoid(gate)"),
-    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n"),
+    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND"),
     "stale row": ("to = tl.maximum(entry, 0).to(tl.int64)", "to = tl.maximum(entry - 1, 0).to(tl.int64)"),
     "router gradient without the bias": ("tl.where(n == 0, bias_part, 0.0)", "tl.where(n == 0, 0 * bias_part, 0.0)"),
     "router weight missing in dz": ("        da *= weight[:, None]\n", ""),
@@ -304,3 +312,46 @@ def test_every_mutant_is_caught(device):
             if not _agrees(device, 1 if name == "stale row" else 2):
                 caught.add(name)
     assert caught == set(MUTANTS)
+
+
+MUTANTS_OF_HALVES = {
+    "right half from the left's columns": ("expert, columns + columns.shape[0], k, first", "expert, columns, k, first"),
+    "right half stored on the left": ("a_right, rows, row_mask, first + HALF // 2, G", "a_right, rows, row_mask, first, G"),
+    "scale of a group from one half": ("tl.maximum(tl.max(rounding.finite_size(left), 1), tl.max(rounding.finite_size(right), 1))", "tl.max(rounding.finite_size(left), 1)"),
+    "scale of the first tile of columns": ("+ column // 128 * scale_stride_n\n        scale = a_scale", "+ 0 * scale_stride_n\n        scale = a_scale"),
+    "wrong tail mask of the right half": ("columns[None, :] + 64 < WIDTH)", "columns[None, :] < WIDTH)"),
+    "wrong nibble": ("tl.join(packed & 15, packed >> 4)", "tl.join(packed >> 4, packed & 15)"),
+}  # fmt: skip
+
+
+def _halves_agree(device) -> bool:
+    """Packed and FP8 weights through the product in two halves: three tiles of columns of FP8's scales, the last not
+    whole, and a right half that ends in the middle."""
+    T, H, F, E, K = 9, 64, 160, 2, 1
+    experts = cases.choices("zipf", T, E, K).to(device)
+    given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=12, spread=1.0, device=device)
+    growing = torch.exp2((torch.arange(2 * F, device=device) // 64).float())
+    given["gate_up_EHG"] = given["gate_up_EHG"] * growing
+    rounded, (b1, s1, b2, s2) = packed_experts(given)
+    index = route.index(experts, E, tile=16, implementation="triton")
+    x, weights, _, bias1, _, bias2 = rounded.values()
+    ours = routed.routed_mlp_frozen(
+        x, weights, index, routed.packed(b1, s1), bias1, routed.packed(b2, s2), bias2, limit=1e4
+    )
+    plain = fused(experts, E, device, limit=1e4)(*rounded.values())
+    fp8 = fused(experts, E, device, limit=1e4, precision="fp8")(*rounded.values())
+    expected = routed_reference.routed_mlp(x, weights, experts, *list(rounded.values())[2:], limit=1e4, fp8=True)
+    return torch.equal(ours, plain) and bool((fp8 - expected).norm() <= 1e-3 * expected.norm())
+
+
+@needs_triton
+def test_every_mutant_of_the_product_in_halves_is_caught(device):
+    from medgpt_kernels.grouped_mlp import triton as kernels
+
+    assert _halves_agree(device)
+    caught = set()
+    for name, change in MUTANTS_OF_HALVES.items():
+        with mutant(kernels, *change, package=grouped_mlp):
+            if not _halves_agree(device):
+                caught.add(name)
+    assert caught == set(MUTANTS_OF_HALVES)

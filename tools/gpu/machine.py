@@ -21,16 +21,22 @@ def version(name: str) -> str | None:
         return None
 
 
+def gpu() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "gpus": torch.cuda.device_count(), "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    properties = torch.cuda.get_device_properties(0)
     found = {
-        "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-        "gpus": torch.cuda.device_count(),
-        "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size, "python": platform.python_version(), "cuda": torch.version.cuda,
+        **(gpu() if torch.cuda.is_available() else {"gpu": None}),
+        "python": platform.python_version(), "cuda": torch.version.cuda,
         "packages": {name: version(name) for name in PACKAGES},
         "tools": {name: shutil.which(name) for name in ("nvcc", "compute-sanitizer", "ncu")},
     }  # fmt: skip

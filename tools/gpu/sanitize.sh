@@ -2,6 +2,7 @@
 # Memory errors and shared-memory races over a small case of every kernel. Exit 77: it cannot run here.
 set -uo pipefail
 python=${1:-python3}
+[ "${CUDA_VISIBLE_DEVICES-any}" = "" ] && { echo "compute-sanitizer needs a GPU"; exit 77; }
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; exit 77; }
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # so that every tensor is an allocation of its own with guarded ends
 probe=$(compute-sanitizer "$python" -c 'import torch; torch.ones(4, device="cuda").sum().item()' 2>&1)

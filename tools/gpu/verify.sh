@@ -8,12 +8,14 @@
 #   --minutes M    time for everything, 9 by default; what no longer fits is reported as not run
 #   --only a,b     only these steps: machine build tests bench sanitize train
 #   --again        forget what is done
+#   --rehearse     the same steps at toy size in Triton's interpreter, on a machine without a GPU: shows that the script
+#                  runs, and nothing about a GPU
 #
 # Exit code: 0 every step passed or had a reason not to run, 1 a step failed, 2 wrong usage or no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
-out=${OUT:-gpu-verify} wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again=""
+out=${OUT:-gpu-verify} wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again="" rehearse=""
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift 2 ;;
@@ -21,7 +23,8 @@ while [ $# -gt 0 ]; do
     --minutes) minutes=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
     --again) again=1; shift ;;
-    -h|--help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --rehearse) rehearse=1; shift ;;
+    -h|--help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "verify.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -33,10 +36,18 @@ mkdir -p "$state" && state=$(cd "$state" && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
-  || { echo "verify.sh: $python finds no CUDA GPU through torch" >&2; exit 2; }
-commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-started=$SECONDS
+if [ -n "$rehearse" ]; then
+  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+else
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+    || { echo "verify.sh: $python finds no CUDA GPU through torch; --rehearse runs without one" >&2; exit 2; }
+fi
+for name in ${only//,/ }; do
+  case $name in machine|build|tests|bench|sanitize|train) ;; *) echo "verify.sh: --only $name; steps are machine, build, tests, bench, sanitize, train" >&2; exit 2 ;; esac
+done
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)${rehearse:+-rehearsal}
+started=$SECONDS tests=tests/kernels
+[ -n "$rehearse" ] && tests=tests/kernels/test_rounding.py
 
 left() { echo $((minutes * 60 - (SECONDS - started))); }
 
@@ -74,7 +85,7 @@ PY
 
 passed() { grep -q '"status": "passed"' "$state/$1.step" 2>/dev/null; }
 
-step machine 60 bash -c "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv && $python tools/gpu/machine.py --out '$state/machine.json'"
+step machine 60 bash -c "command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv; $python tools/gpu/machine.py --out '$state/machine.json'"
 step build 120 "$python" -c "
 import pathlib
 from medgpt_kernels import nvcc
@@ -83,9 +94,9 @@ import sys
 if nvcc.find() is None:
     print('nvcc is not on the PATH'); sys.exit(77)
 print(nvcc.load(cuda.SOURCE))"
-step tests 240 "$python" -m pytest -p no:cacheprovider tests/kernels -q -x --timeout 200 --junitxml "$state/tests.xml"
+step tests 240 "$python" -m pytest -p no:cacheprovider "$tests" -q -x --timeout 200 --junitxml "$state/tests.xml"
 if passed tests; then
-  step bench 300 "$python" kernels/bench.py --out "$state" --seconds $(( $(left) > 150 ? 200 : 60 ))
+  step bench 300 "$python" kernels/bench.py --out "$state" ${rehearse:+--tiny} --seconds $(( $(left) > 150 ? 200 : 60 ))
 else
   case ",$only," in *",bench,"*) note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0 ;; esac
 fi

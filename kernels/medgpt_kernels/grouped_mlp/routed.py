@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
 from medgpt_kernels.grouped_mlp import routed_reference
+from medgpt_kernels.grouped_mlp.weight_grads import GradSink
 from medgpt_kernels.mx import op as mx
 from medgpt_kernels.mx.op import FLOATS, triton_dtype
 from medgpt_kernels.permute.op import combine_rows
@@ -67,19 +68,20 @@ def to_fp8(w_EKN: Tensor, *, implementation: str = "auto") -> Weights:
     return Weights("fp8", codes.transpose(1, 2).contiguous(), codes, scales, tuple(w_EKN.shape[1:]))
 
 
-def packed_to_fp8(
-    blocks: Tensor, scales: Tensor, *, known_to_fit: bool = False, implementation: str = "auto"
-) -> Weights:
+def packed_to_fp8(blocks: Tensor, scales: Tensor, *, checked: bool = False, implementation: str = "auto") -> Weights:
     """The same numbers as MXFP4 weights, in E4M3.
 
     Args:
-        known_to_fit: the tiles were checked before (weights that do not change), so that nothing waits for the device.
+        checked: scales and tiles were checked before, as those of weights that do not change are: nothing waits for
+            the device.
 
     Raises:
-        ValueError: the exponents of some 128x128 tiles spread too far to be exact; their number is given.
+        ValueError: a scale is NaN, or the exponents of some 128x128 tiles spread too far to be exact; their number is
+            given.
     """
     codes, tile_scales, fits = mx.mxfp4_to_e4m3(blocks, scales, implementation=implementation)
-    if not known_to_fit:
+    if not checked:
+        mx.check_scales(scales)
         check_fits(fits)
     codes = codes.view(torch.uint8)
     _, N, groups = scales.shape
@@ -101,9 +103,18 @@ def check_fits(fits: Tensor) -> None:
     )
 
 
-def packed(blocks: Tensor, scales: Tensor) -> Weights:
-    """Frozen weights that stay in MXFP4 and are decoded inside the products."""
+def packed(blocks: Tensor, scales: Tensor, *, checked: bool = False) -> Weights:
+    """Frozen weights that stay in MXFP4 and are decoded inside the products.
+
+    Args:
+        checked: see ``packed_to_fp8``.
+
+    Raises:
+        ValueError: a scale is NaN; dtypes, shapes or layouts that are not served.
+    """
     mx._check_packed(blocks, scales)
+    if not checked:
+        mx.check_scales(scales)
     _, N, groups = scales.shape
     return Weights("mxfp4", blocks, blocks, scales, (groups * 32, N))
 
@@ -197,35 +208,35 @@ def weight_grads(
 
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weights_TK, gate_up, b1, down, b2, index, w1, w2, limit):
+    def forward(ctx, x_TH, weights_TK, gate_up, b1, down, b2, index, w1, w2, limit, direct):
         made = _made(w1), _made(w2)
         _check_call(x_TH, weights_TK, index, made[0], b1, made[1], b2)
         out, z = _forward(x_TH, weights_TK, index, made[0], b1, made[1], b2, limit)
-        ctx.save_for_backward(x_TH, weights_TK, b1, b2, z)
-        ctx.index, ctx.w1, ctx.w2, ctx.limit = index, w1, w2, limit
+        ctx.save_for_backward(x_TH, weights_TK, gate_up, b1, down, b2, z)
+        ctx.index, ctx.w1, ctx.w2, ctx.limit, ctx.direct = index, w1, w2, limit, direct
         return out
 
     @staticmethod
     def backward(ctx, grad_TH):
-        x_TH, weights_TK, b1, b2, z = ctx.saved_tensors
+        x_TH, weights_TK, gate_up, b1, down, b2, z = ctx.saved_tensors
         index, w1, w2 = ctx.index, _made(ctx.w1), _made(ctx.w2)
         grad_TH = grad_TH.contiguous()
         dx, d_weights, dz, weighted_a = _input_grads(x_TH, weights_TK, index, w1, w2, b2, ctx.limit, z, grad_TH)
         if not any(ctx.needs_input_grad[2:6]):
-            return dx, d_weights, *[None] * 8
-        made = {"dtype": x_TH.dtype, "device": x_TH.device}
-        E = b1.shape[0]
-        d_gate_up, d_down = torch.empty((E, *w1.sizes), **made), torch.empty((E, *w2.sizes), **made)
-        d_b1, d_b2 = torch.empty(b1.shape, **made), torch.empty(b2.shape, **made)
-        weight_grads(
-            weighted_a, grad_TH, weights_TK, index, gather_a=False, gather_b=True, grad_EKN=d_down, grad_bias_EN=d_b2,
-            accumulate=False,
-        )  # fmt: skip
-        weight_grads(
-            x_TH, dz, weights_TK, index, gather_a=True, gather_b=False, grad_EKN=d_gate_up, grad_bias_EN=d_b1,
-            accumulate=False,
-        )  # fmt: skip
-        return dx, d_weights, d_gate_up, d_b1, d_down, d_b2, *[None] * 4
+            return dx, d_weights, *[None] * 9
+        learned = []
+        for weight, bias, a, b, gather_a in ((gate_up, b1, x_TH, dz, True), (down, b2, weighted_a, grad_TH, False)):
+            sinks = [GradSink(stack, direct=ctx.direct) for stack in (weight, bias)]
+            check(
+                sinks[0].accumulate == sinks[1].accumulate,
+                "main_grad of a weight and of its bias must be cleared together; one of them holds gradients",
+            )
+            weight_grads(
+                a, b, weights_TK, index, gather_a=gather_a, gather_b=not gather_a, grad_EKN=sinks[0].out,
+                grad_bias_EN=sinks[1].out, accumulate=sinks[0].accumulate,
+            )  # fmt: skip
+            learned += [sink.hand_over() for sink in sinks]
+        return dx, d_weights, *learned, *[None] * 5
 
 
 def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> None:
@@ -253,7 +264,8 @@ def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> No
 
 def routed_mlp(
     x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up_EHG: Tensor, gate_up_bias_EG: Tensor, down_EFH: Tensor,
-    down_bias_EH: Tensor, *, limit: float, precision: str = "bf16", implementation: str = "auto",
+    down_bias_EH: Tensor, *, limit: float, precision: str = "bf16", direct: bool = False,
+    implementation: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, with all gradients.
 
@@ -264,6 +276,7 @@ def routed_mlp(
         gate_up_EHG, down_EFH: of the dtype of ``x_TH``, GPT-oss's layout; biases of any served dtype.
         precision: ``bf16`` multiplies in the dtype of ``x_TH``; ``fp8`` rounds tokens, activations, gradients and
             weights to E4M3 for the products (weight gradients stay in the dtype of ``x_TH``).
+        direct: gradients of weights that have a ``main_grad`` are written there (``weight_grads``), in its dtype.
 
     Returns:
         (T, H), in the dtype of ``x_TH``.
@@ -275,11 +288,11 @@ def routed_mlp(
     if choose("grouped_mlp", implementation, _serves(x_TH)) == "reference":
         return routed_reference.routed_mlp(
             x_TH, weights_TK, experts_of(index), gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, limit=limit,
-            fp8=precision == "fp8",
+            fp8=precision == "fp8", direct=direct,
         )  # fmt: skip
     w1, w2 = (plain(gate_up_EHG), plain(down_EFH)) if precision == "bf16" else (to_fp8(gate_up_EHG), to_fp8(down_EFH))
     return _RoutedMLP.apply(
-        x_TH, weights_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, index, w1, w2, limit
+        x_TH, weights_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, index, w1, w2, limit, direct
     )
 
 
@@ -299,7 +312,7 @@ def routed_mlp_frozen(
         check(not bias.requires_grad, f"{name} requires a gradient; experts of this call do not learn")
     choose("grouped_mlp.frozen", "triton", _serves(x_TH))
     b1, b2 = gate_up_bias_EG, down_bias_EH
-    return _RoutedMLP.apply(x_TH, weights_TK, None, b1, None, b2, index, gate_up, down, limit)
+    return _RoutedMLP.apply(x_TH, weights_TK, None, b1, None, b2, index, gate_up, down, limit, False)
 
 
 def _made(weights: Weights | Callable[[], Weights]) -> Weights:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.reference import ALPHA
 from medgpt_kernels.grouped_mlp.packed import PackedStack
+from medgpt_kernels.grouped_mlp.weight_grads import GradSink
 from medgpt_kernels.mx import reference as mx
 
 
@@ -22,6 +23,7 @@ from medgpt_kernels.mx import reference as mx
 class _Numbers:
     limit: float
     fp8: bool
+    direct: bool = False
 
     def rows(self, x: Tensor) -> Tensor:
         """What the left side of a product holds."""
@@ -63,8 +65,8 @@ class _RoutedMLP(torch.autograd.Function):
         gate_up, down = ctx.packed or matrices
         numbers, limit = ctx.numbers, ctx.numbers.limit
         d_x, d_weights = torch.zeros_like(x_TH), torch.zeros_like(weights_TK)
-        d_experts = [None if ctx.packed else torch.zeros_like(t) for t in (gate_up, gate_up_bias, down, down_bias)]
-        d_gate_up, d_gate_up_bias, d_down, d_down_bias = d_experts
+        learning = () if not any(ctx.needs_input_grad[3:7]) else (gate_up, gate_up_bias, down, down_bias)
+        sinks = [GradSink(weight, direct=numbers.direct) for weight in learning]
         for expert in range(gate_up_bias.shape[0]):
             token, slot = (experts_TK == expert).nonzero(as_tuple=True)
             if not len(token):
@@ -82,25 +84,27 @@ class _RoutedMLP(torch.autograd.Function):
             d_z = torch.empty_like(z)
             d_z[:, 0::2] = d_a * (up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid)) * (z[:, 0::2] <= limit)
             d_z[:, 1::2] = d_a * swish * (z[:, 1::2].abs() <= limit)
-            if not ctx.packed:
-                d_down[expert] = (a * weight).t() @ grad
-                d_down_bias[expert] = (grad * weight).sum(0)
-                d_gate_up[expert] = x.t() @ d_z
-                d_gate_up_bias[expert] = d_z.sum(0)
+            if sinks:
+                sinks[0].add_product(expert, x, d_z)
+                sinks[1].add(expert, d_z.sum(0))
+                sinks[2].add_product(expert, a * weight, grad)
+                sinks[3].add(expert, (grad * weight).sum(0))
             d_x.index_add_(0, token, numbers.rows(d_z) @ w1.t())
-        return d_x, d_weights, None, d_gate_up, d_gate_up_bias, d_down, d_down_bias, None
+        return d_x, d_weights, None, *([sink.finish() for sink in sinks] or [None] * 4), None
 
 
 def routed_mlp(
     x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_EHG: Tensor | PackedStack, gate_up_bias_EG: Tensor,
     down_EFH: Tensor | PackedStack, down_bias_EH: Tensor, *, limit: float, fp8: bool = False,
+    direct: bool = False,
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, (T, H), in the dtype of ``x_TH``.
 
     Args:
         experts_TK: expert of each (token, slot); -1 for none.
+        direct: see ``weight_grads``.
         gate_up_EHG, down_EFH: tensors, or both ``PackedStack``: then neither they nor the biases get gradients.
     """
     return _RoutedMLP.apply(
-        x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, _Numbers(limit, fp8)
+        x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, _Numbers(limit, fp8, direct)
     )

@@ -61,12 +61,12 @@ def rows_times_weight(
         else:
             place = wide_expert * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * stride_k + columns[None, :] * stride_n
             w = tl.load(w_ptr + place, mask=(k[:, None] < K_SIZE) & column_mask[None, :], other=0)
-            if KIND == "fp8":
-                groups = (K_SIZE + 127) // 128
-                a_scale = tl.load(a_scales_ptr + a_rows * groups + first // 128, mask=row_mask, other=0.0)
-                tile = wide_expert * scale_stride_e + first // 128 * scale_stride_k + columns // 128 * scale_stride_n
-                w_scale = tl.load(w_scales_ptr + tile, mask=column_mask, other=0.0)
-                acc += rounding.product_e4m3(a, w) * a_scale[:, None] * w_scale[None, :]
+            if KIND == "fp8":  # all columns lie in one tile of 128: one scale for the tile, one a row
+                a_scale = load_row_scale(a_scales_ptr, a_rows, row_mask, first, K_SIZE, KIND)
+                column = tl.min(columns, 0)
+                tile = wide_expert * scale_stride_e + first // 128 * scale_stride_k + column // 128 * scale_stride_n
+                scale = a_scale * tl.load(w_scales_ptr + tile, mask=column < N_SIZE, other=0.0)
+                acc += rounding.product_e4m3(a, w) * scale[:, None]
                 if ROW_DOT:
                     other = tl.load(dot_ptr + wide_expert * K_SIZE + k, mask=k < K_SIZE, other=0.0).to(tl.float32)
                     row_dot += tl.sum(rounding.from_e4m3(a) * other[None, :], 1) * a_scale
@@ -76,6 +76,66 @@ def rows_times_weight(
             other = tl.load(dot_ptr + wide_expert * K_SIZE + k, mask=k < K_SIZE, other=0.0).to(tl.float32)
             row_dot += tl.sum(a.to(tl.float32) * other[None, :], 1)
     return acc, row_dot
+
+
+@triton.jit
+def two_halves(
+    a_ptr, a_scales_ptr, a_rows, row_mask, w_ptr, w_scales_ptr, expert, columns, K_SIZE, N_SIZE,
+    stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e,
+    KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``a @ w[expert]`` at ``columns`` and at as many after them, in fp32, for weights in fp8 or mxfp4.
+
+    One product after the other: what is held beside the running sums (the partial product of a group in fp8, decoded
+    weights in mxfp4) is half of what one product of both widths holds, and the sums stay in registers.
+    """
+    left = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
+    right = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
+    for first in range(0, K_SIZE, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)
+        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)
+        a_scale = load_row_scale(a_scales_ptr, a_rows, row_mask, first, K_SIZE, KIND)
+        left = add_product(
+            left, a, a_scale, w_ptr, w_scales_ptr, expert, columns, k, first, K_SIZE, N_SIZE,
+            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
+        )  # fmt: skip
+        right = add_product(
+            right, a, a_scale, w_ptr, w_scales_ptr, expert, columns + columns.shape[0], k, first, K_SIZE, N_SIZE,
+            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
+        )  # fmt: skip
+    return left, right
+
+
+@triton.jit
+def load_row_scale(scales_ptr, rows, row_mask, first, WIDTH, KIND: tl.constexpr):
+    """Scale of each row's 128 columns from ``first`` on; 1 for kinds without."""
+    if KIND == "fp8":
+        return tl.load(scales_ptr + rows * ((WIDTH + 127) // 128) + first // 128, mask=row_mask, other=0.0)
+    else:
+        return tl.full((rows.shape[0],), 1.0, tl.float32)
+
+
+@triton.jit
+def add_product(
+    acc, a, a_scale, w_ptr, w_scales_ptr, expert, columns, k, first, K_SIZE, N_SIZE,
+    stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e,
+    KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``acc`` and the product with one block of k of weights in fp8 or mxfp4. Columns of fp8 lie in one tile of 128."""
+    wide_expert = expert.to(tl.int64)
+    column_mask = columns < N_SIZE
+    if KIND == "mxfp4":
+        rows = wide_expert * N_SIZE + columns
+        w = load_packed(w_ptr, w_scales_ptr, rows, column_mask, first, K_SIZE, BLOCK_K, DTYPE)
+        return rounding.product(a, tl.trans(w), acc)
+    else:
+        place = wide_expert * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * stride_k + columns[None, :] * stride_n
+        w = tl.load(w_ptr + place, mask=(k[:, None] < K_SIZE) & column_mask[None, :], other=0)
+        column = tl.min(columns, 0)
+        tile = wide_expert * scale_stride_e + first // 128 * scale_stride_k + column // 128 * scale_stride_n
+        scale = a_scale * tl.load(w_scales_ptr + tile, mask=column < N_SIZE, other=0.0)
+        return acc + rounding.product_e4m3(a, w) * scale[:, None]
 
 
 @triton.jit
@@ -117,27 +177,69 @@ def gate_up_fwd_kernel(
         entry = tl.load(row_entry_ptr + rows)
         row_mask = entry >= 0
         tokens = (tl.maximum(entry, 0) // SLOTS).to(tl.int64)
-        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        z, _ = rows_times_weight(
-            x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, bias_ptr, expert, columns, H, G,
-            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, False, DTYPE, BLOCK_K,
-        )  # fmt: skip
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * G + columns, mask=columns < G, other=0.0)
-        z = rounding.cast(z + bias.to(tl.float32)[None, :], DTYPE)
-        mask = row_mask[:, None] & (columns[None, :] < G)
-        tl.store(z_ptr + rows[:, None] * G + columns[None, :], z, mask=mask)
-        gate, up = tl.split(tl.reshape(z.to(tl.float32), (BLOCK_M, BLOCK_N // 2, 2)))
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)
+        bias_ptr += expert.to(tl.int64) * G
         first = n * (BLOCK_N // 2)
-        inner = first + tl.arange(0, BLOCK_N // 2)
-        if KIND == "fp8":
-            a = tl.where(inner[None, :] < G // 2, a, 0.0)
-            store_fp8(a_ptr, a_scales_ptr, a, rows, row_mask, first, G // 2, BLOCK_N // 2)
+        if KIND == "plain":
+            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            z, _ = rows_times_weight(
+                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, bias_ptr, expert, columns, H, G,
+                stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, False, DTYPE, BLOCK_K,
+            )  # fmt: skip
+            a = activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
+            store_rows(a_ptr, a, rows, row_mask, first, G // 2, BLOCK_N // 2, DTYPE)
         else:
-            mask = row_mask[:, None] & (inner[None, :] < G // 2)
-            tl.store(a_ptr + rows[:, None] * (G // 2) + inner[None, :], rounding.cast(a, DTYPE), mask=mask)
+            HALF: tl.constexpr = BLOCK_N // 2
+            columns = n * BLOCK_N + tl.arange(0, HALF)
+            z, z_right = two_halves(
+                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, columns, H, G,
+                stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
+            )  # fmt: skip
+            a = activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
+            a_right = activated(z_right, bias_ptr, z_ptr, rows, row_mask, columns + HALF, G, limit, DTYPE)
+            if KIND == "fp8":
+                store_fp8_halves(a_ptr, a_scales_ptr, a, a_right, rows, row_mask, first, G // 2)
+            else:
+                store_rows(a_ptr, a, rows, row_mask, first, G // 2, HALF // 2, DTYPE)
+                store_rows(a_ptr, a_right, rows, row_mask, first + HALF // 2, G // 2, HALF // 2, DTYPE)
+
+
+@triton.jit
+def activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE: tl.constexpr):
+    """Clamped SwiGLU of ``z + bias`` after rounding, which is stored too; (rows, columns / 2), 0 beyond the width."""
+    bias = tl.load(bias_ptr + columns, mask=columns < G, other=0.0)
+    z = rounding.cast(z + bias.to(tl.float32)[None, :], DTYPE)
+    mask = row_mask[:, None] & (columns[None, :] < G)
+    tl.store(z_ptr + rows[:, None] * G + columns[None, :], z, mask=mask)
+    gate, up = tl.split(tl.reshape(z.to(tl.float32), (rows.shape[0], columns.shape[0] // 2, 2)))
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)
+    inner = tl.min(columns, 0) // 2 + tl.arange(0, columns.shape[0] // 2)
+    return tl.where(inner[None, :] < G // 2, a, 0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, rows, row_mask, first, WIDTH, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Store columns ``first .. first + SIZE`` of rows."""
+    columns = first + tl.arange(0, SIZE)
+    mask = row_mask[:, None] & (columns[None, :] < WIDTH)
+    tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], rounding.cast(x, DTYPE), mask=mask)
+
+
+@triton.jit
+def store_fp8_halves(codes_ptr, scales_ptr, left, right, rows, row_mask, first, WIDTH):
+    """Store 128 columns from ``first`` on as FP8, given in halves; they must be 0 beyond WIDTH."""
+    largest = tl.maximum(tl.max(rounding.finite_size(left), 1), tl.max(rounding.finite_size(right), 1))
+    exponent = rounding.e4m3_exponent(largest)
+    inverse = rounding.power_of_two(-exponent)[:, None]
+    columns = first + tl.arange(0, 64)
+    mask = row_mask[:, None] & (columns[None, :] < WIDTH)
+    place = codes_ptr + rows[:, None] * WIDTH + columns[None, :]
+    tl.store(place, rounding.to_e4m3(left * inverse), mask=mask)
+    mask = row_mask[:, None] & (columns[None, :] + 64 < WIDTH)
+    tl.store(place + 64, rounding.to_e4m3(right * inverse), mask=mask)
+    scale_place = scales_ptr + rows * ((WIDTH + 127) // 128) + first // 128
+    tl.store(scale_place, rounding.power_of_two(exponent), mask=row_mask & (first < WIDTH))
 
 
 @triton.jit

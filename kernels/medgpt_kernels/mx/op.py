@@ -166,7 +166,10 @@ def check_scales(scales: Tensor) -> None:
         ValueError: an E8M0 byte is 255.
     """
     bad = int((scales == 255).sum())
-    check(bad == 0, f"scales holds {bad} NaN scales (E8M0 255) of {scales.numel()}; the weights are damaged")
+    check(
+        bad == 0,
+        f"scales holds {bad} NaN scales (E8M0 255) of {scales.numel()}; allowed: 0 to 254, the weights are damaged",
+    )
 
 
 @torch.library.custom_op("medgpt_kernels::dequantise_mxfp4", mutates_args=())

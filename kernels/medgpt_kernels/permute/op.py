@@ -197,18 +197,36 @@ def combine(rows_RH: Tensor, weights_TK: Tensor | None, index: RowIndex, *, impl
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_MH, forth, back, implementation):
-        ctx.back, ctx.dtype = back, rows_MH.dtype
-        M, H = rows_MH.shape
-        one_each = torch.arange(M, dtype=torch.int32, device=rows_MH.device)
-        index = RowIndex(one_each, one_each[:, None], one_each[:0], one_each[:0], 1)
-        payload = pack_fp8(rows_MH.contiguous(), index, implementation=implementation)
-        dtype = rows_MH.dtype if rows_MH.dtype != torch.float64 else torch.float32
-        return unpack_fp8(forth(payload), H, dtype, implementation=implementation).to(ctx.dtype)
+    def forward(ctx, x_TH, index: RowIndex, forth, back, implementation):
+        ctx.back, ctx.index, ctx.implementation = back, index, implementation
+        payload = pack_fp8(x_TH.contiguous(), index, implementation=implementation)
+        dtype = x_TH.dtype if x_TH.dtype != torch.float64 else torch.float32
+        return unpack_fp8(forth(payload), x_TH.shape[1], dtype, implementation=implementation).to(x_TH.dtype)
 
     @staticmethod
     def backward(ctx, grad_MH):
-        return ctx.back(grad_MH.contiguous()), None, None, None
+        grad_RH = ctx.back(grad_MH.contiguous())
+        if ctx.index.token_row.shape[1] > 1:
+            grad_RH = combine(grad_RH.contiguous(), None, ctx.index, implementation=ctx.implementation)
+        return grad_RH, *[None] * 4
+
+
+def permute_exchange_fp8(
+    x_TH: Tensor,
+    index: RowIndex,
+    forth: Callable[[Tensor], Tensor],
+    back: Callable[[Tensor], Tensor],
+    *,
+    implementation: str = "auto",
+) -> Tensor:
+    """Put tokens into the order of an index and round them to FP8 in one pass, send them, and give what arrived.
+
+    Args:
+        index: ``route.index`` with tile 1 (a payload has no padding).
+        forth: exchanges a uint8 (R, bytes) buffer by rows, for example an all-to-all with fixed splits.
+        back: the inverse exchange, for the gradient (M_received, H), which is summed over the rows of a token.
+    """
+    return _Exchange.apply(x_TH, index, forth, back, implementation)
 
 
 def exchange_fp8(
@@ -221,7 +239,8 @@ def exchange_fp8(
     """Send rows to other ranks as FP8 and give what arrived in the rows' dtype; gradients go back as they are.
 
     Args:
-        forth: exchanges a uint8 (M, bytes) buffer by rows, for example an all-to-all with fixed splits.
-        back: the inverse exchange, for the gradient (M_received, H).
+        forth, back: see ``permute_exchange_fp8``.
     """
-    return _Exchange.apply(rows_MH, forth, back, implementation)
+    one_each = torch.arange(rows_MH.shape[0], dtype=torch.int32, device=rows_MH.device)
+    index = RowIndex(one_each, one_each[:, None], one_each[:0], one_each[:0], 1)
+    return _Exchange.apply(rows_MH, index, forth, back, implementation)

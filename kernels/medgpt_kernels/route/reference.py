@@ -47,21 +47,21 @@ def index(experts_TK: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tens
     """
     T, K = experts_TK.shape
     tiles = num_tiles(T * K, num_experts, tile)
+    flat = experts_TK.flatten().long()
+    counts = torch.bincount(flat, minlength=num_experts)
+    padded = (counts + tile - 1) // tile * tile
+    first_row = padded.cumsum(0) - padded
+    entry = torch.argsort(flat, stable=True)  # by expert, then by token, then by slot
+    expert = flat[entry]
+    row = torch.arange(T * K) - (counts.cumsum(0) - counts)[expert] + first_row[expert]
     row_entry = torch.full((tiles * tile,), -1, dtype=torch.int32)
-    token_row = torch.empty((T, K), dtype=torch.int32)
+    row_entry[row] = entry.to(torch.int32)
+    token_row = torch.zeros(T * K, dtype=torch.int32)
+    token_row[entry] = row.to(torch.int32)
     tile_expert = torch.full((tiles,), -1, dtype=torch.int32)
-    counts = torch.zeros(num_experts, dtype=torch.int32)
-    row = 0
-    for expert in range(num_experts):
-        first = row
-        for token, slot in (experts_TK == expert).nonzero().tolist():
-            row_entry[row] = token * K + slot
-            token_row[token, slot] = row
-            row += 1
-        counts[expert] = row - first
-        row = -(-row // tile) * tile
-        tile_expert[first // tile : row // tile] = expert
-    return row_entry, token_row, tile_expert, counts
+    used = torch.repeat_interleave(torch.arange(num_experts, dtype=torch.int32), padded // tile)
+    tile_expert[: used.numel()] = used
+    return row_entry, token_row.view(T, K), tile_expert, counts.to(torch.int32)
 
 
 def index_sorted(counts_E: Tensor, num_rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:

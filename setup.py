@@ -24,12 +24,15 @@ CORE = [
     "pylibjpeg>=2.0",  # loads the two plug-ins below
     "pylibjpeg-openjpeg>=2.2",  # JPEG 2000 and HTJ2K
     "pylibjpeg-rle",
+    "nibabel",  # NIfTI
     "pillow>=12.2",  # 12.2 mends a FITS decompression bomb
 ]
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
+    # Whole slides. LGPL-2.1 as a library of its own, loaded at run time.
+    "slides": ["openslide-python", "openslide-bin"],
     "te": ["transformer-engine[pytorch]"],
     "nvcc": ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"],  # compiles the .cu sources where no CUDA toolkit is installed
     "dev": [
@@ -38,6 +41,10 @@ EXTRAS = {
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none
+        "openslide-python",
+        "openslide-bin",
+        "tifffile",  # writes the small pyramid that the slide tests read
+        "highdicom",  # the per-frame transforms that ours are compared with
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -108,12 +108,24 @@ def ingest(
     merge: Annotated[
         bool, typer.Option(help="Make the dataset of the parts, with the command that made them.")
     ] = False,
+    frames: Annotated[str, typer.Option(help="Of multi-frame files: middle, all, every:K or even:N.")] = "middle",
+    slices: Annotated[str, typer.Option(help="Of series and NIfTI volumes, in the same words.")] = "middle",
+    tiles: Annotated[str, typer.Option(help="Of the tissue of whole slides, in the same words.")] = "even:4",
+    tile_px: Annotated[int, typer.Option(help="Side of such a tile.")] = 448,
+    um_per_px: Annotated[float, typer.Option(help="Resolution of such a tile; 0.5 is about 20x.")] = 0.5,
+    ct_window: Annotated[
+        str, typer.Option(help="CT without a window: soft-tissue, lung, bone, brain; three shows three at once.")
+    ] = "soft-tissue",
+    scaled_px: Annotated[
+        int, typer.Option(help="Let JPEG and JPEG 2000 be decoded at 1/2, 1/4, 1/8 while this long a side remains.")
+    ] = 0,
 ) -> None:
     """Turn medical images and texts into a validated, de-identified, sharded dataset.
 
     Example: `medgpt ingest captions.jsonl --image-root images --tokenizer tokenizer --out data/align`
     """
     from megatron_medgpt.ingest.command import run_ingest
+    from megatron_medgpt.ingest.decode import DecodeOptions
 
     run_ingest(
         inputs,
@@ -126,6 +138,15 @@ def ingest(
         workers=workers or None,
         max_reject_rate=max_reject_rate,
         allow_burned_in=allow_burned_in,
+        decode=DecodeOptions(
+            frames=frames,
+            slices=slices,
+            tiles=tiles,
+            tile_px=tile_px,
+            um_per_px=um_per_px,
+            ct_window=ct_window,
+            scaled_px=scaled_px,
+        ),
         key_file=key_file,
         suspicious_text=suspicious_text,
         licence=licence,

@@ -12,6 +12,8 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,7 @@ class Picture:
     """A picture fit for a shard."""
 
     encoded: bytes
-    """JPEG or PNG."""
+    """JPEG or PNG; the pixel record itself where ingest stores pixels."""
     width_px: int
     height_px: int
 
@@ -114,17 +116,43 @@ def canonical(content: bytes) -> Picture:
         PictureError: ``empty-file``, ``not-an-image``, ``unsupported-format``, ``too-many-pixels``,
             ``too-small-or-narrow``, ``truncated-or-corrupt``.
     """
+    with _opened(content) as image:
+        turned = image.getexif().get(0x0112, 1) != 1
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and not turned:
+            return _decoded(_strip_jpeg(content))
+        if image.format == "PNG" and image.mode in ("L", "RGB") and content[24] == 8 and not turned:
+            return _decoded(_strip_png(content))
+        return encode_png(_to_8_bit(ImageOps.exif_transpose(image)))
+
+
+def pixels_of(content: bytes, scaled_px: int = 0) -> np.ndarray:
+    """Pixels of a JPEG or PNG after the checks of ``canonical``: uint8 (rows, columns) or (rows, columns, 3), upright.
+
+    Args:
+        scaled_px: not 0: a JPEG may be decoded at a half, a quarter or an eighth of its size (in its DCT, which is
+            faster than decoding all of it) as long as its longer side keeps this many pixels.
+
+    Raises:
+        PictureError: as ``canonical``.
+    """
+    with _opened(content) as image:
+        if image.format == "JPEG":
+            _strip_jpeg(content)  # libjpeg makes up what is missing at the end; this does not
+            if scaled_px:
+                longest = max(image.size)
+                image.draft(None, tuple(max(1, side * scaled_px // longest) for side in image.size))
+        return np.asarray(_to_8_bit(ImageOps.exif_transpose(image)))
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[Image.Image]:
+    """A JPEG or PNG of allowed size, opened and not yet decoded; what decoding raises becomes its PictureError."""
     if not content:
         raise PictureError("empty-file")
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
             check_size(*image.size)
-            turned = image.getexif().get(0x0112, 1) != 1
-            if image.format == "JPEG" and image.mode in ("L", "RGB") and not turned:
-                return _decoded(_strip_jpeg(content))
-            if image.format == "PNG" and image.mode in ("L", "RGB") and content[24] == 8 and not turned:
-                return _decoded(_strip_png(content))
-            return encode_png(_to_8_bit(ImageOps.exif_transpose(image)))
+            yield image
     except Image.DecompressionBombError as error:
         raise PictureError("too-many-pixels") from error
     except Image.UnidentifiedImageError as error:

@@ -17,6 +17,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import MANIFEST, STORE_KINDS, Store, shard_name, write_json
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.complete import complete, in_words
+from megatron_medgpt.ingest.decode import DecodeOptions
 from megatron_medgpt.ingest.identity import SUSPICIOUS_TEXT, load_key, masked
 from megatron_medgpt.ingest.parts import Part, leave_note, shards_of_parts
 from megatron_medgpt.ingest.progress import Progress, expected_records
@@ -60,6 +61,7 @@ def run_ingest(
     workers: int | None = None,
     max_reject_rate: float = 0.05,
     allow_burned_in: bool = False,
+    decode: DecodeOptions | None = None,
     key_file: str | Path | None = None,
     suspicious_text: str = "count",
     licence: str = "",
@@ -85,6 +87,7 @@ def run_ingest(
         show_names: show file names of inputs and rejects on the terminal; they are written nowhere.
         part: ``i/N`` writes only part i (from 0) of the shards, into the ``out`` that all parts share.
         merge: make the dataset of the parts: the same call as theirs, with ``merge`` in place of ``part``.
+        decode: frames, slices, tiles, windows and scales of pictures.
         echo: takes the lines for the terminal.
 
     Returns:
@@ -104,12 +107,18 @@ def run_ingest(
     if not inputs:
         raise UsageError("no input; name a table (json, jsonl, csv, tsv, parquet), a tar or a folder")
     out, folder, own = Path(out), Path(tokenizer), Part.parse(part) if part else None
+    decode = decode or DecodeOptions()
+    if store == "pixels" and 0 < decode.scaled_px < pixel_size_px:
+        raise UsageError(f"--scaled-px {decode.scaled_px} is below the {pixel_size_px} px that the store keeps")
     _refuse_dataset(out)
     words = Tokenizer.load(folder)
-    sources = [open_source(path, format=format, image_root=image_root, mapping=mapping) for path in inputs]
+    sources = [
+        open_source(path, format=format, image_root=image_root, mapping=mapping, slices=decode.slices)
+        for path in inputs
+    ]
     settings = Settings(
         out=out, tokenizer=folder, key=load_key(key_file), allow_burned_in=allow_burned_in,
-        longest_tokens=longest_tokens, suspicious_text=suspicious_text,
+        longest_tokens=longest_tokens, suspicious_text=suspicious_text, decode=decode,
         store=Store(kind=store, size_px=pixel_size_px, pad_rgb=pixel_pad_rgb) if store == "pixels" else Store(),
     )  # fmt: skip
     _show(sources, echo, show_names)
@@ -189,7 +198,7 @@ def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: To
         "inputs": [[source.format, source.fingerprint(), source.columns] for source in sources],
         "tokenizer": words.fingerprint, "store": asdict(settings.store), "records_per_shard": per_shard,
         "allow_burned_in": settings.allow_burned_in, "longest_tokens": settings.longest_tokens,
-        "suspicious_text": settings.suspicious_text,
+        "suspicious_text": settings.suspicious_text, "decode": asdict(settings.decode),
         "key": hashlib.sha256(b"which key" + settings.key).hexdigest(),
     }  # fmt: skip
     path = settings.out / ".ingest.json"

@@ -6,6 +6,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 
 import numpy as np
 import PIL
@@ -53,10 +55,10 @@ def complete(
         "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
         "licences": {licence: sum(shard.num_samples for shard in shards)} if licence else {},
         "suspicious_text": settings.suspicious_text, "burned_in_allowed": settings.allow_burned_in,
-        "notes": dict(sorted(notes.items())),
+        "notes": dict(sorted(notes.items())), "decode": asdict(settings.decode),
         "versions": {
             "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,
-            "pydicom": pydicom.__version__,
+            "pydicom": pydicom.__version__, "torch": version("torch"),
         },
     }  # fmt: skip
     write_datasheet(settings.out, shards, rejects=counts, store=settings.store, provenance=provenance, tokenizer=words)

@@ -14,9 +14,7 @@ import re
 import secrets
 from pathlib import Path
 
-import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.types import MODALITIES
@@ -125,23 +123,3 @@ def masked(text: str) -> tuple[str, tuple[str, ...]]:
         if count:
             kinds.append(kind)
     return text, tuple(kinds)
-
-
-def files_by_uid(root: Path, keyword: str) -> dict[str, tuple[str, ...]]:
-    """Relative names of the DICOM images under a folder by a UID of their headers, in order of instance number."""
-    found: dict[str, list[tuple[int, str]]] = {}
-    for folder, subfolders, names in os.walk(root, followlinks=False):
-        subfolders.sort()
-        for name in sorted(names):
-            path = Path(folder) / name
-            if not path.is_file():
-                continue
-            try:
-                tags = [keyword, "InstanceNumber", "Rows"]
-                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-            except (InvalidDicomError, OSError, ValueError, EOFError):
-                continue  # other files lie in such trees; a table's row whose file is missing is counted there
-            if keyword in header and "Rows" in header:
-                order = int(header.get("InstanceNumber") or 0)
-                found.setdefault(str(header[keyword].value), []).append((order, str(path.relative_to(root))))
-    return {uid: tuple(name for _, name in sorted(files)) for uid, files in found.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.data.text import IMAGE_MARK, Tokenizer
 from megatron_medgpt.ingest.decode import Decoded
 from megatron_medgpt.ingest.identity import modality_of_name, sample_id
 from megatron_medgpt.ingest.sources import Record, RecordError
@@ -29,3 +31,15 @@ def make_sample(
         sample_id=sample_id(key, record.source_id), token_ids=rendered.token_ids, target_spans=rendered.target_spans,
         images=tuple(image.picture.encoded for image in images), modality=modality,
     )  # fmt: skip
+
+
+def repeat_marks(record: Record, counts: Sequence[int]) -> Record:
+    """The record with the mark of its n-th file repeated ``counts[n]`` times: a file may become several pictures."""
+    if all(count == 1 for count in counts):
+        return record
+    left = iter(counts)
+    turns = tuple(
+        replace(turn, text=re.sub(re.escape(IMAGE_MARK), lambda mark: mark[0] * next(left), turn.text))
+        for turn in record.turns
+    )
+    return replace(record, turns=turns)

@@ -7,7 +7,6 @@ missing. A finished shard leaves a note (``.shard-NNNNN.json``) with its facts a
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,19 +19,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
-from PIL import Image
-
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import ShardFacts, Store, shard_name, write_json
-from megatron_medgpt.data.picture import Picture, PictureError
-from megatron_medgpt.data.shards import ShardWriter, pack_pixels
-from megatron_medgpt.data.square import square
+from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
+from megatron_medgpt.data.shards import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
-from megatron_medgpt.ingest.decode import Decoded, decode
+from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
 from megatron_medgpt.ingest.identity import masked
 from megatron_medgpt.ingest.parts import Part
-from megatron_medgpt.ingest.sample import make_sample
+from megatron_medgpt.ingest.sample import make_sample, repeat_marks
 from megatron_medgpt.ingest.sources import Image as RecordImage
 from megatron_medgpt.ingest.sources import Record, RecordError
 from megatron_medgpt.ingest.sources.place import Place, read_image
@@ -52,6 +47,7 @@ class Settings:
     longest_tokens: int
     suspicious_text: str = "count"
     """One of ``identity.SUSPICIOUS_TEXT``."""
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +99,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def write_shard(settings: Settings, task: Task) -> Finished:
     """Decode, tokenise and write the records of one shard. Every record becomes a sample or a reject."""
     writer = ShardWriter(settings.out, task.number, settings.store)
-    first_of: dict[tuple, tuple[int, list[Decoded]]] = {}
+    first_of: dict[tuple, tuple[int, list[tuple[Decoded, ...]]]] = {}
     rejects: list[tuple[int, str]] = []
     notes: Counter[str] = Counter()
     for record, root in zip(task.records, task.image_roots, strict=True):
@@ -131,16 +127,19 @@ def _cleared(record: Record, kinds: Sequence[str], settings: Settings) -> Record
 def _write_record(record: Record, root: Place, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
     if record.problem:
         raise RecordError(record.problem)
-    names = (root, *record.images)
+    names = (root, record.modality, *record.images)
     known = first_of.get(names) if record.images else None
-    images = known[1] if known else [_read(root, name, settings) for name in record.images]
+    files = known[1] if known else [_read(root, name, record.modality, settings) for name in record.images]
+    images = [picture for file in files for picture in file]
     sample = make_sample(
-        record, images, _tokenizer(settings.tokenizer), key=settings.key, longest_tokens=settings.longest_tokens
-    )
+        repeat_marks(record, [len(file) for file in files]), images, _tokenizer(settings.tokenizer), key=settings.key,
+        longest_tokens=settings.longest_tokens,
+    )  # fmt: skip
     if known is None:
-        first = writer.add_images([_stored(image, settings.store) for image in images])
+        first = writer.add_images([image.picture.encoded for image in images])
         # Later records of this shard with the same images share them; only their facts are kept in memory.
-        first_of[names] = (first, [Decoded(_FORGOTTEN, image.modality) for image in images])
+        forgotten = [tuple(Decoded(_FORGOTTEN, picture.modality) for picture in file) for file in files]
+        first_of[names] = (first, forgotten)
     else:
         first = known[0]
     writer.add_sample(
@@ -149,15 +148,14 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
     )  # fmt: skip
 
 
-def _read(root: Place, image: RecordImage, settings: Settings) -> Decoded:
-    return decode(read_image(root, image), allow_burned_in=settings.allow_burned_in)
-
-
-def _stored(image: Decoded, store: Store) -> bytes:
-    if store.kind == "encoded":
-        return image.picture.encoded
-    with Image.open(io.BytesIO(image.picture.encoded)) as picture:
-        return pack_pixels(np.asarray(square(picture, store.size_px, store.pad_rgb)))
+def _read(root: Place, image: RecordImage, modality: str, settings: Settings) -> tuple[Decoded, ...]:
+    """The pictures of one file: one, or several of a file with frames, slices or tiles."""
+    if isinstance(image, str) and isinstance(root, Path) and is_slide_name(image):
+        return decode_slide(resolve_inside(root, image), settings.decode, store=settings.store)
+    return decode(
+        read_image(root, image), settings.decode, store=settings.store, allow_burned_in=settings.allow_burned_in,
+        modality=modality,
+    )  # fmt: skip
 
 
 def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Finished, bool]]:

@@ -10,13 +10,16 @@ from megatron_medgpt.config.errors import UsageError
 
 FORMATS = ("auto", "llava", "messages", "caption", "vqa", "mcq", "dicom")
 FIELDS = (
-    "image", "text", "question", "answer", "options", "label", "id", "modality", "sop_uid", "study_uid",
+    "image", "text", "question", "answer", "options", "label", "id", "modality", "sop_uid", "series_uid",
+    "study_uid",
 )  # fmt: skip
 """What ``--map`` can name: field=column."""
 NEEDED: dict[str, tuple[str, ...]] = {
     "llava": (), "messages": (), "caption": ("image", "text"), "vqa": ("image", "question", "answer"),
     "mcq": ("image", "question", "answer", "options"), "dicom": ("text",),
 }  # fmt: skip
+UID_KEYWORDS = {"sop_uid": "SOPInstanceUID", "series_uid": "SeriesInstanceUID", "study_uid": "StudyInstanceUID"}
+"""Field -> DICOM attribute, the finest first: a table may have several of these columns."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".dcm")
 _NAMES = {
     "image": ("image", "img", "image_path", "img_path", "img_name", "file_name", "filename", "filepath", "figure_path",
@@ -29,6 +32,7 @@ _NAMES = {
     "id": ("id", "question_id", "qid", "sample_id"),
     "modality": ("modality", "modality_type"),
     "sop_uid": ("sopinstanceuid", "sop_instance_uid", "sop_uid"),
+    "series_uid": ("seriesinstanceuid", "series_instance_uid", "series_uid"),
     "study_uid": ("studyinstanceuid", "study_instance_uid", "study_uid"),
 }  # fmt: skip
 _OPTION = re.compile(r"(?:(option|choice)[ _]?)?([A-H])", re.IGNORECASE)
@@ -103,7 +107,7 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], table: obj
         return "vqa"
     if "image" in columns and "text" in columns:
         return "caption"
-    if "text" in columns and ("sop_uid" in columns or "study_uid" in columns):
+    if "text" in columns and not UID_KEYWORDS.keys().isdisjoint(columns):
         return "dicom"
     raise UsageError(
         f"{table} is of no known shape; its columns are {', '.join(map(str, row))}; "

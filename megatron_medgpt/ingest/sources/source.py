@@ -13,7 +13,14 @@ from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.ingest.sources.archive import ARCHIVE_ENDINGS, KEY, archive_rows, is_archive
-from megatron_medgpt.ingest.sources.columns import FIELDS, FORMATS, NEEDED, choose_columns, detect_format
+from megatron_medgpt.ingest.sources.columns import (
+    FIELDS,
+    FORMATS,
+    NEEDED,
+    UID_KEYWORDS,
+    choose_columns,
+    detect_format,
+)
 from megatron_medgpt.ingest.sources.energon import META, open_energon
 from megatron_medgpt.ingest.sources.folder import is_text, pair_rows, pairs_in
 from megatron_medgpt.ingest.sources.place import (
@@ -49,7 +56,7 @@ class Source:
     rows: Rows
     columns: dict[str, str] = field(default_factory=dict)
     uid_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """SOP or study UID -> files of the tree, for ``dicom``."""
+    """SOP, series or study UID -> files of the tree, for ``dicom``."""
     remark: str = ""
 
     def describe(self) -> str:
@@ -99,7 +106,7 @@ class Source:
         return Record(number, images, turns, modality, f"id:{own}" if own not in (None, "") else digest)
 
     def _from_dicom(self, row: dict[str, Any]) -> tuple[tuple[str, ...], list]:
-        uid = row.get(self.columns.get("sop_uid") or self.columns["study_uid"])
+        uid = row.get(next(self.columns[kind] for kind in UID_KEYWORDS if kind in self.columns))
         images = self.uid_paths.get(uid, ()) if isinstance(uid, str) else ()
         if not images:
             raise RecordError("missing-file")
@@ -132,8 +139,12 @@ def open_source(
     format: str = "auto",
     image_root: str | Path | None = None,
     mapping: dict[str, str] | None = None,
+    slices: str = "middle",
 ) -> Source:
     """Find out what a file, a folder or a URL is.
+
+    Args:
+        slices: which slices of a DICOM series are taken (``ingest.decode.DecodeOptions``).
 
     Raises:
         UsageError: it is missing, of no known shape, or of several (the message says what to set).
@@ -157,7 +168,7 @@ def open_source(
     if missing:
         raise UsageError(f"{path} has no column for {missing[0]}; name it with --map {missing[0]}=COLUMN")
     if chosen == "dicom":
-        return _dicom_source(places, rows, root, columns)
+        return _dicom_source(places, rows, root, columns, slices)
     if image_root is None and isinstance(root, Path) and chosen != "messages":
         root = _with_images(root, images_at(first, columns))
     return Source(places=places, format=chosen, image_root=root, columns=columns, rows=rows, remark=remark)
@@ -185,17 +196,19 @@ def _with_images(root: Path, names: Sequence[str]) -> Path:
     return root
 
 
-def _dicom_source(places: tuple[Place, ...], rows: Rows, root: Place, columns: dict[str, str]) -> Source:
-    from megatron_medgpt.ingest.identity import files_by_uid
+def _dicom_source(places: tuple[Place, ...], rows: Rows, root: Place, columns: dict[str, str], slices: str) -> Source:
+    from megatron_medgpt.ingest.dicom_tree import files_by_uid
 
     if not isinstance(root, Path):
         raise UsageError(f"--image-root {root}: a tree of DICOM files must lie on this machine")
-    if "sop_uid" not in columns and "study_uid" not in columns:
+    kind = next((kind for kind in UID_KEYWORDS if kind in columns), None)
+    if kind is None:
         raise UsageError(f"{places[0]} has no column for sop_uid; name it with --map sop_uid=COLUMN")
-    key = "SOPInstanceUID" if "sop_uid" in columns else "StudyInstanceUID"
+    tree = files_by_uid(root, UID_KEYWORDS[kind], slices)
     return Source(
-        places=places, format="dicom", image_root=root, columns=columns, rows=rows, uid_paths=files_by_uid(root, key)
-    )
+        places=places, format="dicom", image_root=root, columns=columns, rows=rows, uid_paths=tree.paths,
+        remark=tree.remark,
+    )  # fmt: skip
 
 
 def _image_root(path: str | Path, places: tuple[Place, ...], given: str | Path | None) -> Place:

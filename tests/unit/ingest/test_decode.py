@@ -18,7 +18,7 @@ RAMP = (np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 2).clip(0, 2047)
 
 
 def grey_of(content, **options):
-    return np.asarray(Image.open(io.BytesIO(decode(content, **options).picture.encoded)))
+    return np.asarray(Image.open(io.BytesIO(decode(content, **options)[0].picture.encoded)))
 
 
 def windowed(values, centre, width):
@@ -61,7 +61,7 @@ def test_colour_stays_colour():
     rgb = np.asarray(picture(32, 32))
     content = dicom(rgb, modality="US", photometric="RGB", BurnedInAnnotation="NO")
     np.testing.assert_array_equal(grey_of(content), rgb)
-    assert MODALITIES[decode(content).modality] == "ultrasound"
+    assert MODALITIES[decode(content)[0].modality] == "ultrasound"
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless])

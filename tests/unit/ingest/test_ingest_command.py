@@ -198,7 +198,8 @@ def test_a_pixel_store_holds_ready_squares_for_one_encoder(study, ingest, tmp_pa
     sources = PixelSource(spec, "pillow"), PixelSource(spec, "pillow")
     from_bytes = sources[0].read(range(6), lambda k: ("encoded", Dataset(tmp_path / "encoded").image((0, k))))
     from_pixels = sources[1].read(range(6), lambda k: ("pixels", dataset.image((0, k))))
-    assert (from_bytes == from_pixels).all()
+    largest_step = 2 / 255 / min(clip["std"])  # what data.resize promises
+    assert abs(from_bytes - from_pixels).max() <= largest_step + 1e-6
     options = {"tokenizer_fingerprint": None, "sequence_length": 96, "seed": 0, "reader": "pillow"}
     stage = open_stage([BlendConfig(path=str(tmp_path / "pixels"))], image=spec, **options)
     assert len(stage.take(0, 2).pixels_ICYX) > 0

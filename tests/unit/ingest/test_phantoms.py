@@ -34,7 +34,7 @@ def test_a_dicom_file_decodes_to_the_picture_that_was_drawn(tmp_path, modality):
         phantom = draw_phantom(rng, number, modality=modality, num_lesions=2)
         path = tmp_path / f"{number}.dcm"
         write_phantom(path, phantom, rng)
-        decoded = decode(path.read_bytes())
+        (decoded,) = decode(path.read_bytes())
         grey = np.asarray(Image.open(io.BytesIO(decoded.picture.encoded)).convert("L")).astype(int)
         drawn = to_grey(phantom, render(phantom)).astype(int)
         # MR without a window is shown between its percentiles, whose lower end lies a little above 0.

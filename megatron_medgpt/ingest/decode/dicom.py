@@ -1,0 +1,134 @@
+"""A DICOM file to 8-bit frames.
+
+Order of a grey picture: stored values -> modality LUT (Hounsfield units and the like) -> VOI LUT or window ->
+presentation LUT -> inverted once if MONOCHROME1 -> 8 bits. Where no window is given, CT gets a preset and everything
+else its 0.5 to 99.5 percentile without padding.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import get_decoder, pixel_array
+from pydicom.uid import JPEG2000TransferSyntaxes, RLELossless
+
+from megatron_medgpt.data.picture import PictureError, check_size
+from megatron_medgpt.ingest.decode import jpeg12
+from megatron_medgpt.ingest.decode.codestream import check_deflated, halvings_of_j2k, size_of
+from megatron_medgpt.ingest.decode.frames import LARGEST_PICTURES, count_frames, header_of_frame
+from megatron_medgpt.ingest.decode.options import DecodeOptions, picked
+from megatron_medgpt.ingest.decode.windowing import to_8_bit
+from megatron_medgpt.ingest.identity import held_back
+
+_NO_PICTURES = ("1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.481.2")
+"""Segmentations and radiotherapy doses have pixels, but are no pictures of a patient."""
+_UNREADABLE = (
+    InvalidDicomError, ValueError, TypeError, EOFError, OSError, KeyError, AttributeError, IndexError,
+    NotImplementedError, RecursionError, OverflowError,
+)  # fmt: skip
+
+jpeg12.register()
+
+
+def is_dicom(content: bytes) -> bool:
+    """Whether bytes are a DICOM file with its preamble (without one, pydicom would have to guess)."""
+    return content[128:132] == b"DICM"
+
+
+def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Dataset, list[np.ndarray]]:
+    """The header and the chosen frames, uint8 (rows, columns) or (rows, columns, 3).
+
+    Raises:
+        PictureError: with the reason.
+    """
+    check_deflated(content)
+    try:
+        ds = pydicom.dcmread(io.BytesIO(content))
+        rows, columns = int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)
+        num_frames = count_frames(ds)
+        has_pixels = any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
+        reason = held_back(ds)
+    except _UNREADABLE as error:
+        raise PictureError("truncated-or-corrupt") from error
+    if not rows or not columns or not has_pixels:
+        raise PictureError("dicom-without-image")
+    if str(ds.get("SOPClassUID", "")).startswith(_NO_PICTURES):
+        raise PictureError("dicom-without-image")
+    check_size(columns, rows)
+    if reason and not allow_burned_in:
+        raise PictureError(reason)
+    chosen = picked(num_frames, options.frames)
+    if len(chosen) > LARGEST_PICTURES:
+        raise PictureError("too-many-frames")
+    return ds, list(_decoded(ds, chosen, num_frames, options))
+
+
+def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator:
+    syntax = ds.file_meta.get("TransferSyntaxUID")
+    if syntax is None or syntax.is_private:
+        raise PictureError("unsupported-transfer-syntax")
+    try:
+        supported = get_decoder(syntax).is_available
+    except NotImplementedError:  # MPEG, HEVC, JPIP and what is retired
+        supported = False
+    if not supported:
+        raise PictureError("unsupported-transfer-syntax")
+    for index in chosen:
+        try:
+            stored = _stored(ds, index, num_frames, options.scaled_px)  # YBR comes out as RGB
+            frame = to_8_bit(stored, header_of_frame(ds, index), options.ct_window)
+        except PictureError:
+            raise
+        except MemoryError as error:
+            raise PictureError("too-many-pixels") from error
+        except Exception as error:  # a damaged stream raises whatever the codec plug-in likes
+            raise PictureError("truncated-or-corrupt") from error
+        yield frame
+
+
+def _stored(ds: Dataset, index: int, num_frames: int, scaled_px: int) -> np.ndarray:
+    syntax = ds.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        return pixel_array(ds, index=index)
+    stream = get_frame(ds.PixelData, index, number_of_frames=num_frames)
+    size = size_of(stream)
+    if size is not None and size != (ds.Columns, ds.Rows):
+        # A codec believes its stream: 65,000 squared would be allocated for a header that says 64 x 64.
+        raise PictureError("truncated-or-corrupt")
+    plain_colours = ds.PhotometricInterpretation not in ("YBR_FULL", "YBR_FULL_422", "PALETTE COLOR")
+    if scaled_px and plain_colours and syntax in JPEG2000TransferSyntaxes:
+        halvings = _halvings(max(ds.Columns, ds.Rows), scaled_px, halvings_of_j2k(stream))
+        if halvings:
+            return _reduced(stream, halvings, int(ds.PixelRepresentation))
+    return pixel_array(ds, index=index)
+
+
+def _halvings(longest: int, scaled_px: int, possible: int) -> int:
+    count = 0
+    while count < min(possible, 3) and longest >> (count + 1) >= scaled_px:
+        count += 1
+    return count
+
+
+def _reduced(stream: bytes, halvings: int, signed: int) -> np.ndarray:
+    """A JPEG 2000 frame decoded at a half, quarter or eighth of its size (OpenJPEG, through Pillow).
+
+    Pillow moves samples of 9 to 15 bits to the top of 16 and signed ones up by half of their range; both are undone.
+    """
+    start = stream.find(b"\xff\x4f\xff\x51")
+    precision = (stream[start + 42] & 0x7F) + 1
+    with Image.open(io.BytesIO(stream), formats=("JPEG2000",)) as image:
+        image.reduce = halvings
+        image.load()
+        values = np.asarray(image)
+    if values.ndim == 3:
+        return values
+    lifted = values.astype(np.int32) >> (8 * values.dtype.itemsize - precision)
+    return lifted - (1 << (precision - 1)) if signed else lifted

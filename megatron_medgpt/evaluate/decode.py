@@ -84,10 +84,9 @@ class GreedyWriter:
         with self._forward.evaluating():
             for step in range(max_new_tokens):
                 if step:
-                    width = self._forward.row_length(max(map(len, caches)))
+                    most = max(map(len, caches))
                     batches = [
-                        self._forward.newest_tokens(tokens, cache, length=width)
-                        for tokens, cache in zip(newest, caches)
+                        self._forward.newest_tokens(tokens, cache, most=most) for tokens, cache in zip(newest, caches)
                     ]
                 newest = self._forward.next_tokens(batches, caches)
                 for state, tokens in zip(states, newest):

@@ -179,6 +179,11 @@ class HuggingFaceEngine:
         self._torch = torch
         self.processor = AutoProcessor.from_pretrained(self.folder)
         self.processor.tokenizer.padding_side = "left"
+        if reasoning_effort is not None and "reasoning_effort" not in str(self.processor.chat_template):
+            raise UsageError(
+                f"--reasoning-effort {reasoning_effort}: the chat template of {folder} knows no reasoning effort; "
+                "leave it out"
+            )
         self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto").to(device).eval()
 
     @property

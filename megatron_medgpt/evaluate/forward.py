@@ -72,7 +72,7 @@ class LayoutForward:
         """Positions of a row that can hold ``num_positions``: tensor ranks share it evenly, and on a GPU attention
         works in blocks and compiles anew for every length."""
         multiple = math.lcm(self.tensor_size, 128) if self._device.type == "cuda" else self.tensor_size
-        return -(-num_positions // multiple) * multiple
+        return _rounded_up(num_positions, multiple)
 
     def token_losses(self, batches: Sequence[MedBatch]) -> list[Tensor]:
         """Loss of every token, float32 (B, S) per batch, 0 where there is no target; on every rank of the pipeline."""
@@ -104,8 +104,13 @@ class LayoutForward:
             cache.advance()
         return [tokens.tolist()[: len(cache)] for tokens, cache in zip(found, caches)]
 
-    def newest_tokens(self, tokens: Sequence[int], cache: KeyValueCache, *, length: int) -> MedBatch:
-        """One row of ``length`` positions with the newest token of every sequence of a cache, behind what it holds."""
+    def newest_tokens(self, tokens: Sequence[int], cache: KeyValueCache, *, most: int) -> MedBatch:
+        """One row with the newest token of every sequence of a cache, behind what it holds.
+
+        Args:
+            most: sequences of the largest cache of the call; all rows have one length.
+        """
+        length = _rounded_up(most, self.tensor_size)
         ids, positions = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64)
         ids[0, : len(tokens)] = torch.tensor(tokens)
         positions[0, : len(tokens)] = torch.tensor(cache.lengths)
@@ -192,6 +197,10 @@ class LayoutForward:
         total = torch.stack([loss_sum, torch.tensor(float(count), dtype=torch.float64, device=self._device)])
         dist.all_reduce(total, group=self._groups.dp)
         return float(total[0] / total[1].clamp(min=1))
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _gathered(own: Any, group: dist.ProcessGroup) -> list[Any]:

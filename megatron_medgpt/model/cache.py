@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from medgpt_kernels.sink_attention.cached import cached_sink_attention
@@ -30,7 +31,7 @@ class KeyValueCache:
         self.filled = False
         self._capacity, self._device = capacity, device
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._unseen: dict[int, Tensor] = {}
+        self._step: dict[int, tuple[Any, Tensor | None]] = {}
         self._lengths_N = torch.tensor(self.lengths, device=device)
 
     def __len__(self) -> int:
@@ -52,13 +53,13 @@ class KeyValueCache:
     ) -> Tensor:  # fmt: skip
         """Keep the newest key and value of every sequence and attend to all that its query sees: (N, A, D)."""
         key_NQTD, value_NQTD = self._kept[layer]
-        sequences = torch.arange(len(self), device=self._device)
-        places_N = self._lengths_N % key_NQTD.shape[2]
-        key_NQTD[sequences, :, places_N] = key_NQD
-        value_NQTD[sequences, :, places_N] = value_NQD
-        used = min(max(self.lengths) + 1, key_NQTD.shape[2])
+        num_places = key_NQTD.shape[2]
+        newest, unseen_NT = self._places_of_step(num_places)
+        key_NQTD[newest] = key_NQD
+        value_NQTD[newest] = value_NQD
+        used = min(max(self.lengths) + 1, num_places)
         return cached_sink_attention(
-            query_NAD, key_NQTD[:, :, :used], value_NQTD[:, :, :used], sinks_A, self._unseen_places(used), scale=scale
+            query_NAD, key_NQTD[:, :, :used], value_NQTD[:, :, :used], sinks_A, unseen_NT, scale=scale
         )
 
     def advance(self) -> None:
@@ -67,7 +68,7 @@ class KeyValueCache:
             self.lengths = [length + 1 for length in self.lengths]
             self._lengths_N = self._lengths_N + 1
         self.filled = True
-        self._unseen.clear()
+        self._step.clear()
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Go on with these sequences alone, in this order."""
@@ -75,7 +76,7 @@ class KeyValueCache:
         index = torch.tensor(list(sequences), device=self._device)
         self._lengths_N = self._lengths_N[index]
         self._kept = {layer: (key[index], value[index]) for layer, (key, value) in self._kept.items()}
-        self._unseen.clear()
+        self._step.clear()
 
     def _places(self, window: int | None) -> int:
         return self._capacity if window is None else min(window, self._capacity)
@@ -92,7 +93,14 @@ class KeyValueCache:
         index_NQTD = places_NT.clamp(min=0)[:, None, :, None].expand(-1, groups, -1, dim)
         return kept_NQTD.copy_(rows_BQSD[:num].gather(2, index_NQTD))
 
-    def _unseen_places(self, used: int) -> Tensor:
-        if used not in self._unseen:
-            self._unseen[used] = torch.arange(used, device=self._device) > self._lengths_N[:, None]
-        return self._unseen[used]
+    def _places_of_step(self, num_places: int) -> tuple[Any, Tensor | None]:
+        """Where a layer of so many places keeps the newest key of every sequence, and which of its used places hold
+        nothing (None where all hold something); made once for all such layers."""
+        if num_places not in self._step:
+            sequences = torch.arange(len(self), device=self._device)
+            used = min(max(self.lengths) + 1, num_places)
+            unseen_NT = None
+            if min(self.lengths) + 1 < used:
+                unseen_NT = torch.arange(used, device=self._device) > self._lengths_N[:, None]
+            self._step[num_places] = (sequences, slice(None), self._lengths_N % num_places), unseen_NT
+        return self._step[num_places]

@@ -13,8 +13,7 @@ class _ClampedSwiglu(torch.autograd.Function):
     def forward(ctx, gate_up_MG: Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(gate_up_MG)
         ctx.limit = limit
-        gate, up = _halves(gate_up_MG, limit)
-        return torch.sigmoid(ALPHA * gate).mul_(gate).mul_(up.add_(1))
+        return _forward(gate_up_MG, limit)
 
     @staticmethod
     def backward(ctx, grad_MF: Tensor):
@@ -32,6 +31,11 @@ class _ClampedSwiglu(torch.autograd.Function):
         return grad_MF2.view_as(gate_up_MG), None
 
 
+def _forward(gate_up_MG: Tensor, limit: float) -> Tensor:
+    gate, up = _halves(gate_up_MG, limit)
+    return torch.sigmoid(ALPHA * gate).mul_(gate).mul_(up.add_(1))
+
+
 def _halves(gate_up_MG: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     raw = gate_up_MG.view(gate_up_MG.shape[0], gate_up_MG.shape[1] // 2, 2)
     return raw[..., 0].clamp(max=limit), raw[..., 1].clamp(-limit, limit)
@@ -39,4 +43,6 @@ def _halves(gate_up_MG: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 def clamped_swiglu(gate_up_MG: Tensor, limit: float) -> Tensor:
     """As ``reference.clamped_swiglu``. ``gate_up_MG`` must be contiguous."""
+    if not torch.is_grad_enabled():
+        return _forward(gate_up_MG, limit)
     return _ClampedSwiglu.apply(gate_up_MG, limit)

@@ -9,6 +9,7 @@ from question_folders import omnimedvqa_folder
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.text import IMAGE_TOKEN, train_tokenizer
 from megatron_medgpt.evaluate.engine import HuggingFaceEngine
+from megatron_medgpt.evaluate.hugging_face import HuggingFaceFolderEngine
 from megatron_medgpt.evaluate.score import score_answers
 from megatron_medgpt.evaluate.tasks import load_task
 
@@ -77,3 +78,18 @@ def test_a_folder_without_a_model_and_likelihood_are_refused(export, task, tmp_p
         HuggingFaceEngine(tmp_path)
     with pytest.raises(UsageError, match="token losses"):
         next(HuggingFaceEngine(export).answers(task.questions, "chat-likelihood"))
+
+
+def test_an_effort_that_the_chat_template_would_drop_is_refused(export):
+    with pytest.raises(UsageError, match="knows no reasoning effort"):
+        HuggingFaceEngine(export, reasoning_effort="low")
+
+
+def test_one_loading_answers_under_every_protocol(export, task):
+    engine = HuggingFaceFolderEngine(export, max_new_tokens=4)
+    written = {p.question_id: p for p in engine.answers(task.questions, "official-qa")}
+    assert written == answers(HuggingFaceEngine(export, max_new_tokens=4), task)
+    losses = [p.option_losses for p in engine.answers(task.questions, "official-prefix") if p.error is None]
+    assert [len(of_question) for of_question in losses] == [4] * 4
+    assert engine.settings("official-prefix") == {}
+    assert engine.settings("official-qa")["max_new_tokens"] == 4

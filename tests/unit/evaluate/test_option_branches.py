@@ -10,7 +10,7 @@ import torch
 from question_folders import omnimedvqa_folder
 
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
-from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.data.collate import RowShape, batch_of_documents
 from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import train_tokenizer
@@ -34,13 +34,12 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer(["What is number 3? PET scan"] * 20, tmp_path_factory.mktemp("tokenizer"), 512)
 
 
-@pytest.fixture(scope="module", params=["auto", "reference"])
-def model(request):
+@pytest.fixture(scope="module")
+def model():
     world = process_groups.start(timeout_s=60, kind="cpu")
     layout = make_layout(ParallelConfig(), MODEL, world.size)
     groups = process_groups.build_groups(layout)
-    kernels = KernelConfig(attention=request.param)
-    yield build_model(MODEL, layout=layout, groups=groups, dtype=torch.float64, kernels=kernels)[0].eval()
+    yield build_model(MODEL, layout=layout, groups=groups, dtype=torch.float64)[0].eval()
     process_groups.destroy_groups()
     process_groups.stop()
 

@@ -200,6 +200,17 @@ def test_a_dry_run_prints_every_job_after_the_one_before_it_and_writes_nothing(t
     assert not (tmp_path / "w").exists()
 
 
+def test_a_job_of_a_chain_may_run_in_a_partition_of_its_own(tmp_path, capsys):
+    ingest = {"job": "ingest", "inputs": ["a"], "out": "d", "tokenizer": "t", "key_file": "k", "partition": "cpu",
+              "time": "2:00:00", "cpus_per_task": 16}  # fmt: skip
+    train = {"job": "train", "run": "20b-16xh100", "out": "runs/a"}
+    file = settings_file(tmp_path, partition="gpu", chain=[ingest, train])
+    assert submit.main(["chain", "--settings", str(file), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("--partition=cpu --time=2:00:00 --cpus-per-task=16" in line for line in lines[:2])
+    assert "--partition=gpu" in lines[2] and "--time=24:00:00" in lines[2] and "--cpus-per-task" not in lines[2]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

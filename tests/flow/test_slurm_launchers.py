@@ -124,6 +124,13 @@ def test_preflight_names_the_bad_node_and_the_cause(changes, says):
     assert says in found[0]
 
 
+@pytest.mark.parametrize("code", ["0", "z"])
+def test_of_two_nodes_that_differ_the_second_is_the_odd_one(code):
+    reports = {"n1": report("n1", code="m"), "n2": report("n2", code=code)}
+    (fault,) = preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100")
+    assert fault == f'node n2: code "{code}" differs from "m" elsewhere'
+
+
 def test_preflight_accepts_nodes_that_are_alike_and_names_one_that_does_not_answer():
     reports = {name: report(name) for name in ("n1", "n2")}
     assert preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100") == []

@@ -124,6 +124,13 @@ def test_preflight_names_the_bad_node_and_the_cause(changes, says):
     assert says in found[0]
 
 
+@pytest.mark.parametrize("code", ["0", "z"])
+def test_of_two_nodes_that_differ_the_second_is_the_odd_one(code):
+    reports = {"n1": report("n1", code="m"), "n2": report("n2", code=code)}
+    (fault,) = preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100")
+    assert fault == f'node n2: code "{code}" differs from "m" elsewhere'
+
+
 def test_preflight_accepts_nodes_that_are_alike_and_names_one_that_does_not_answer():
     reports = {name: report(name) for name in ("n1", "n2")}
     assert preflight.faults(reports, ["n1", "n2"], gpus=8, gpu="h100") == []
@@ -198,6 +205,17 @@ def test_a_dry_run_prints_every_job_after_the_one_before_it_and_writes_nothing(t
     assert "--dependency=afterok:<train>" in lines[4]
     assert "--nodes=4" in lines[3] and "--gpus-per-node=8" in lines[3] and "--account=med" in lines[3]
     assert not (tmp_path / "w").exists()
+
+
+def test_a_job_of_a_chain_may_run_in_a_partition_of_its_own(tmp_path, capsys):
+    ingest = {"job": "ingest", "inputs": ["a"], "out": "d", "tokenizer": "t", "key_file": "k", "partition": "cpu",
+              "time": "2:00:00", "cpus_per_task": 16}  # fmt: skip
+    train = {"job": "train", "run": "20b-16xh100", "out": "runs/a"}
+    file = settings_file(tmp_path, partition="gpu", chain=[ingest, train])
+    assert submit.main(["chain", "--settings", str(file), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("--partition=cpu --time=2:00:00 --cpus-per-task=16" in line for line in lines[:2])
+    assert "--partition=gpu" in lines[2] and "--time=24:00:00" in lines[2] and "--cpus-per-task" not in lines[2]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def faults(
     for node, report in sorted(reports.items()):
         found += [f"node {node}: {fault}" for fault in _own_faults(report, gpus=gpus, gpu=gpu, min_free=min_free)]
     for field in ("image", "code", "python", "packages", "system"):
-        found += _odd_ones(reports, field)
+        found += _odd_ones(reports, field, nodes)
     times = {node: report["time"] for node, report in reports.items()}
     middle = sorted(times.values())[len(times) // 2]
     found += [
@@ -198,10 +198,11 @@ def _own_faults(report: dict, *, gpus: int, gpu: str, min_free: int) -> list[str
     return found
 
 
-def _odd_ones(reports: dict[str, dict], field: str) -> list[str]:
-    """Nodes that differ from what most nodes have."""
-    values = {node: json.dumps(report[field], sort_keys=True) for node, report in reports.items()}
-    usual = max(sorted(set(values.values())), key=list(values.values()).count)
+def _odd_ones(reports: dict[str, dict], field: str, nodes: list[str]) -> list[str]:
+    """Nodes that differ from what most nodes have; of two nodes, from the first, which runs the batch script."""
+    in_order = [n for n in nodes if n in reports] + sorted(set(reports) - set(nodes))
+    values = {node: json.dumps(reports[node][field], sort_keys=True) for node in in_order}
+    usual = max(values.values(), key=list(values.values()).count)  # the first of those that are equally many
     return [f"node {n}: {field} {v} differs from {usual} elsewhere" for n, v in sorted(values.items()) if v != usual]
 
 

@@ -42,9 +42,12 @@ JOBS = ("ingest", "convert", "train", "evaluate")
 FIELDS = {
     "ingest": {"inputs", "out", "tokenizer", "elements", "key_file", "options"},
     "convert": {"arguments"},
-    "train": {"run", "out", "overrides", "nodes", "time"},
+    "train": {"run", "out", "overrides", "nodes"},
     "evaluate": {"arguments"},
 }
+
+SITE_FIELDS = ("account", "partition", "time", "cpus_per_task", "extra")
+"""Settings that a job of a chain may have of its own: an ingest runs in a CPU partition."""
 
 
 class SettingsError(Exception):
@@ -111,9 +114,9 @@ def make_job(kind: str, entry: dict[str, Any], settings: dict[str, Any]) -> list
     Raises:
         SettingsError: a field is missing or unknown.
     """
-    unknown = set(entry) - FIELDS[kind] - {"job", "name"}
-    if unknown:
-        raise SettingsError(f"{kind}: unknown field {sorted(unknown)[0]!r}; known: {', '.join(sorted(FIELDS[kind]))}")
+    known = sorted({*FIELDS[kind], *SITE_FIELDS, "job", "name"})
+    if unknown := sorted(set(entry) - set(known)):
+        raise SettingsError(f"{kind}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
     common = {name: settings[name] for name in DEFAULTS if name not in ("train", "chain", "extra", "workspace")}
     common |= {"workspace": settings["workspace"], "code": str(CODE), "needs": " ".join(settings["needs"])}
     name = entry.get("name", kind)
@@ -172,12 +175,10 @@ def _command(
 
 
 def _site(settings: dict[str, Any], entry: dict[str, Any]) -> list[str]:
-    """Options that a site asks for."""
-    named = {
-        "account": settings["account"], "partition": settings["partition"], "time": entry.get("time", settings["time"]),
-        "cpus-per-task": settings["cpus_per_task"],
-    }  # fmt: skip
-    return [f"--{name}={value}" for name, value in named.items() if value] + list(settings["extra"])
+    """Options that a site asks for; those of the job itself come first."""
+    of_job = {name: entry.get(name, settings[name]) for name in SITE_FIELDS}
+    extra = of_job.pop("extra")
+    return [f"--{name.replace('_', '-')}={value}" for name, value in of_job.items() if value] + list(extra)
 
 
 def _shell(values: dict[str, Any]) -> dict[str, str]:

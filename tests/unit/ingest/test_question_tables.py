@@ -28,10 +28,10 @@ def write_csv(path, rows):
 
 def write_parquet(path, columns):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), path)
     return path
 
 
@@ -100,7 +100,7 @@ def test_vqa_rad_and_pathvqa_are_parquet_with_the_bytes_inside(tmp_path, layout)
 def test_parquet_of_several_splits_is_refused_until_one_is_named(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", {"image": [{"bytes": PNG}], "caption": ["x"]})
-    with pytest.raises(UsageError, match="test-00000-of-00001.parquet, train-00000-of-00001.parquet; name the file"):
+    with pytest.raises(UsageError, match=r"test-00000-of-00001\.parquet, train-00000-of-00001\.parquet; name the"):
         open_source(tmp_path)
     assert len(records_of(str(tmp_path / "train-{00000..00000}-of-00001.parquet"))) == 1
 
@@ -159,7 +159,8 @@ def test_omnimedvqa_is_read_whole_but_for_tables_without_images(tmp_path):
 
 def test_pubmedvision_has_a_list_and_no_mark(tmp_path):
     row = {
-        "image": ["images/a_1.jpg", "images/a_2.jpg"], "id": "a", "modality": "Computed Tomography", "body_part": "Chest",
+        "image": ["images/a_1.jpg", "images/a_2.jpg"], "id": "a", "modality": "Computed Tomography",
+        "body_part": "Chest",
         "conversations": [{"from": "human", "value": "Compare."}, {"from": "gpt", "value": "They differ."}],
     }  # fmt: skip
     (tmp_path / "p.json").write_text(json.dumps([row]))

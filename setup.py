@@ -31,13 +31,14 @@ CORE = [
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
-    "http": ["fsspec[http]"],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
+    "http": ["fsspec[http]", "urllib3"],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     "te": ["transformer-engine[pytorch]"],
     "dev": [
         "pytest",
         "pyarrow",
         "fsspec[http]",
+        "urllib3",  # tools/data/fetch_pmc.py
         "tiktoken",  # what its files are checked against
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",

@@ -49,14 +49,13 @@ def serving():
             self._answer(with_body=False)
 
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            with files.counted(path):
+            with files.counted(self.path):
                 if files.wait_s:
                     threading.Event().wait(files.wait_s)
                 self._answer(with_body=True)
 
         def _answer(self, with_body: bool) -> None:
-            path = self.path.partition("?")[0]
+            path = self.path if self.path in files.content else self.path.partition("?")[0]
             content, code = files.content.get(path), 200
             if with_body and files.status.get(path):
                 content, code = b"error", files.status[path].pop(0)

@@ -11,6 +11,8 @@ CORE = [
     "safetensors",
     "sentencepiece",  # language models that are not GPT-oss
     "tokenizers",
+    "protobuf",  # reads sentencepiece models
+    "fsspec",  # inputs behind URLs
     "pyyaml",  # run.yaml
     "omegaconf>=2.3",  # the grammar of section.field=value overrides
     "typer",  # the command line
@@ -30,6 +32,7 @@ CORE = [
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
+    "http": ["fsspec[http]", "urllib3"],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     # Whole slides. LGPL-2.1 as a library of its own, loaded at run time.
     "slides": ["openslide-python", "openslide-bin"],
@@ -38,6 +41,9 @@ EXTRAS = {
     "dev": [
         "pytest",
         "pyarrow",
+        "fsspec[http]",
+        "urllib3",  # tools/data/fetch_pmc.py
+        "tiktoken",  # what its files are checked against
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none

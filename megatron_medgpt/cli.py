@@ -90,7 +90,7 @@ def phantoms(
 def ingest(
     inputs: Annotated[list[str], typer.Argument(help="Tables, tars, folders or URLs to read.")],
     out: Out,
-    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or a .tiktoken or .model file.")],
     format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
     image_root: Annotated[str | None, typer.Option(help="Folder or URL that image paths are relative to.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,

@@ -29,6 +29,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.data.vocabulary import O200K_PIECES, from_sentencepiece, from_tiktoken
 
 IMAGE_MARK = "<image>"
 """Place of an image in the text of a turn; becomes the tokenizer's image-mark token."""
@@ -58,13 +59,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|start|>assistant<|channel|>final<|message|>' -}}{%- endif -%}"
 )
 """Jinja chat template of exported models: renders what ``Tokenizer.render`` encodes (tested)."""
-
-_O200K_PIECES = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How o200k splits text before byte-pair merging (tiktoken_ext/openai_public.py)."""
 
 _HEADER_WORDS = ("user", "assistant", "developer", "final")
 _MARK_WITH_BREAKS = re.compile(r"\n?<image>\n?")
@@ -97,10 +91,25 @@ def split_at_images(text: str) -> list[str]:
     return _MARK_WITH_BREAKS.split(text)
 
 
-class Tokenizer:
-    """A language model's tokenizer (tokenizer.json) and its harmony control tokens.
+def _tokenizer_file(place: Path) -> Path:
+    if place.is_file():
+        return place
+    others = sorted(p for p in place.iterdir() if p.suffix in (".tiktoken", ".model")) if place.is_dir() else []
+    if (place / "tokenizer.json").is_file():
+        return place / "tokenizer.json"
+    if len(others) != 1:
+        raise UsageError(
+            f"tokenizer {place} has no tokenizer.json, and not exactly one .tiktoken or .model file; give the folder "
+            "of a GPT-oss tokenizer, or the file itself"
+        )
+    return others[0]
 
-    Load one with ``Tokenizer.load(folder)``. ``fingerprint`` is the sha256 of tokenizer.json; datasets remember it.
+
+class Tokenizer:
+    """A language model's tokenizer and its harmony control tokens.
+
+    Load one with ``Tokenizer.load(place)``. ``fingerprint`` is the sha256 of tokenizer.json (of what the file became,
+    where it was another); datasets remember it.
     """
 
     def __init__(self, tokenizer_json: bytes, source: str) -> None:
@@ -121,6 +130,8 @@ class Tokenizer:
             self._control(token)
             for token in ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|endoftext|>")
         )
+        self.unknown_id = self._unknown()
+        """Id that stands for text the vocabulary cannot spell, or None where it spells every byte."""
         control = {self.image_mark_id, self.start_id, self.message_id, self.channel_id, self.end_id, self.return_id}
         if control.intersection(self._backend.encode("".join(CONTROL_TOKENS), add_special_tokens=False).ids):
             raise UsageError(
@@ -129,17 +140,21 @@ class Tokenizer:
             )
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read ``folder/tokenizer.json`` (or the file itself).
+    def load(cls, place: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, a tiktoken rank file (``.tiktoken``) or a sentencepiece model (``.model``).
+
+        ``place`` is the file, or a folder with one of them; tokenizer.json comes first.
 
         Raises:
             UsageError: no such file, not a tokenizer, or harmony's control tokens are missing.
         """
-        path = Path(folder)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
-            raise UsageError(f"tokenizer {folder} has no tokenizer.json; give the folder of a GPT-oss tokenizer")
-        return cls(path.read_bytes(), str(folder))
+        path = _tokenizer_file(Path(place))
+        content = path.read_bytes()
+        if path.suffix == ".tiktoken":
+            content = from_tiktoken(content, str(place))
+        elif path.suffix == ".model":
+            content = from_sentencepiece(content, str(place), CONTROL_TOKENS)
+        return cls(content, str(place))
 
     def _control(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -149,6 +164,13 @@ class Tokenizer:
                 "train_tokenizer has it"
             )
         return token_id
+
+    def _unknown(self) -> int | None:
+        model = json.loads(self.tokenizer_json)["model"]
+        if model.get("byte_fallback"):
+            return None
+        token = model.get("unk_token")
+        return model.get("unk_id") if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; control tokens written in it are spelled out."""
@@ -220,7 +242,7 @@ def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = 512
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_O200K_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(O200K_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -19,13 +19,16 @@ def make_sample(
     """Tokens, targets, images and an opaque id. The modality is the table's, else the first that a file states.
 
     Raises:
-        RecordError: the sample is longer than ``longest_tokens`` (an image counted as one), or marks and images differ.
+        RecordError: the sample is longer than ``longest_tokens`` (an image counted as one), marks and images differ, or
+            the vocabulary cannot spell a text.
     """
     rendered = tokenizer.render(record.turns)
     if rendered.num_images != len(images):
         raise RecordError("marks-and-images-differ")
     if rendered.token_ids.size > longest_tokens:
         raise RecordError("over-long")
+    if tokenizer.unknown_id is not None and tokenizer.unknown_id in rendered.token_ids:
+        raise RecordError("not-in-vocabulary")
     modality = modality_of_name(record.modality) or next((image.modality for image in images if image.modality), 0)
     return Sample(
         sample_id=sample_id(key, record.source_id), token_ids=rendered.token_ids, target_spans=rendered.target_spans,

@@ -25,6 +25,7 @@ KEY = "__key__"
 _BLOCK = tarfile.BLOCKSIZE
 _LARGEST_HEADER_BYTES = 1 << 20
 _MOST_PARTS = 512
+_MOST_ZEROS = 64 << 20
 _TEXTS = ("txt", "text", "caption")
 _PICTURES = ("jpg", "jpeg", "png", "dcm", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "img", "image", "pyd")
 _NUMBER = re.compile(r"([0-9]+)")
@@ -132,6 +133,7 @@ def _members(stream: IO[bytes]) -> Iterator[tuple[str, bytes | None]]:
     while True:
         block = _exactly(stream, _BLOCK)
         if block == bytes(_BLOCK):
+            _refuse_more(stream)
             return
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         size = int(pax["size"]) if pax.get("size", "").isdigit() else member.size
@@ -195,6 +197,15 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)
+
+
+def _refuse_more(stream: IO[bytes]) -> None:
+    """Behind the end stand zeros; a second archive there would be left out silently."""
+    total = 0
+    while piece := stream.read(1 << 16):
+        total += len(piece)
+        if piece.strip(b"\0") or total > _MOST_ZEROS:
+            raise ValueError("something stands behind its end,")
 
 
 def _skip(stream: IO[bytes], size: int) -> None:

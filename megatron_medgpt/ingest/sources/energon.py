@@ -25,7 +25,7 @@ _FIELDS = {
     "Captioning": {"image": "image", "caption": "caption"},
     "VQA": {"image": "image", "context": "question", "answers": "answer"},
     "MultiChoiceVQA": {
-        "image": "image", "context": "question", "choices": "options", "correct_choice_idx": "label",
+        "image": "image", "context": "question", "choices": "options", "correct_choice_idx": "answer_idx",
     },
 }  # fmt: skip
 """Sample class -> its field -> ours."""
@@ -138,4 +138,4 @@ def _value(name: str, ending: str, content: bytes, keys: list[str]) -> Any:
     if keys:
         raise KeyError(ending)
     text = content.decode("utf-8").strip()
-    return int(text) if name == "label" else text
+    return int(text) if name == "answer_idx" else text

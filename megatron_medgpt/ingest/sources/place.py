@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -68,7 +69,7 @@ def open_place(place: Place) -> IO[bytes]:
             if not stat.S_ISREG(os.stat(place).st_mode):  # a pipe would be waited for
                 raise UsageError(f"{place} is not a regular file")
             return open(place, "rb")
-        return fsspec.open(place, "rb").open()
+        return io.BufferedReader(fsspec.open(place, "rb").open())
     except UsageError:
         raise
     except Exception as error:  # every storage raises what it likes: OSError, ValueError, aiohttp's, botocore's
@@ -81,7 +82,7 @@ def size_of(place: Place) -> int:
     if isinstance(place, Path):
         return place.stat().st_size
     with open_place(place) as file:
-        size = getattr(file, "size", None)
+        size = getattr(file.raw, "size", None)
     return -1 if size is None else int(size)
 
 

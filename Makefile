@@ -13,6 +13,9 @@ PIP_ARGS ?=
 PYTHON_NEWEST ?= $(shell for p in python3.13 python3.12; do $$p -c 'import venv' 2>/dev/null && { echo $$p; break; }; done)
 VENV_NEWEST ?= .venv-newest
 
+# Two files at a time; what starts several ranks stays with one worker (tests/conftest.py).
+PYTEST ?= -m pytest -n 2 --dist loadgroup
+
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test convert-bench
@@ -37,13 +40,13 @@ check: setup
 	@$(BIN)/ruff format --check -q . || { echo "run: make format"; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache >/tmp/medgpt-imports.$$$$ 2>&1 || { cat /tmp/medgpt-imports.$$$$; rm -f /tmp/medgpt-imports.$$$$; exit 1; }; rm -f /tmp/medgpt-imports.$$$$
-	@$(BIN)/python -m pytest tests/unit -x -q
+	@$(BIN)/python $(PYTEST) tests/unit -x -q
 
 test: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python $(PYTEST) tests
 
 format: setup
 	@$(BIN)/ruff format -q .
@@ -55,7 +58,7 @@ setup-newest:
 
 # The other line of megatron-core: what touches the engine. Slurm and network namespaces do not.
 test-newest: setup-newest
-	@$(VENV_NEWEST)/bin/python -m pytest tests/unit tests/parallel tests/parity tests/flow \
+	@$(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/parallel tests/parity tests/flow \
 	  --ignore tests/flow/test_slurm.py --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py
 
 # A real two-node Slurm on this host (Debian: apt install slurm-wlm munge, as root), and two hosts in network namespaces.

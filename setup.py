@@ -44,6 +44,7 @@ EXTRAS = {
         "fsspec[http]",
         "urllib3",  # tools/data/fetch_pmc.py
         "tiktoken",  # what its files are checked against
+        "pytest-xdist",  # two files at a time
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 # Triton reads this when it is first imported, which transformers may do long before the kernel tests begin.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+SEVERAL_RANKS = (
+    "flow",
+    "parallel",
+    "parity/test_training_parity.py",
+    "unit/evaluate/test_engine_layouts.py",
+    "unit/evaluate/test_killed_evaluation.py",
+)
+"""Tests that start ranks of their own. Under ``pytest -n`` one worker takes all of them, so that never more than four
+ranks compute at once; every other file goes whole to some worker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix()
+        group = "ranks" if place.startswith(SEVERAL_RANKS) else place
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module", autouse=True)

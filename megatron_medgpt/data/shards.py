@@ -19,6 +19,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ from megatron_medgpt.types import MODALITIES
 _ID_BYTES = 33
 _PIXEL_HEADER = struct.Struct("<4sHHB3x")
 _PIXEL_MAGIC = b"MGPX"
+_MOST_OPEN_SHARDS = 8192
+"""Five mapped files each; Linux allows a process 65,530 mappings (vm.max_map_count)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,16 +148,22 @@ class ShardWriter:
         )  # fmt: skip
 
 
+def _check_sizes(folder: Path, facts: ShardFacts) -> None:
+    for name, expected in facts.files.items():
+        try:
+            found = os.stat(folder / name).st_size
+        except OSError as error:
+            raise WorkError(f"{folder.name}/{name} is missing; restore it or ingest again") from error
+        if found != expected["bytes"]:
+            raise WorkError(
+                f"{folder.name}/{name} has {found} bytes, not {expected['bytes']}; restore it or ingest again"
+            )
+
+
 class _Shard:
-    """One open shard."""
+    """One open shard, its structure checked."""
 
     def __init__(self, folder: Path, facts: ShardFacts) -> None:
-        for name, expected in facts.files.items():
-            path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != expected["bytes"]:
-                state = "is missing" if found is None else f"has {found} bytes, not {expected['bytes']}"
-                raise WorkError(f"{folder.name}/{name} {state}; restore it or ingest again")
         self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
         self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
         self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r")
@@ -187,7 +196,10 @@ class _Shard:
 
 
 class Dataset:
-    """An open dataset folder with random access. Opening checks sizes and structure, not contents (``verify`` does).
+    """An open dataset folder with random access.
+
+    Opening checks the sizes of all files; the structure of a shard is checked when it is first read, its contents by
+    ``verify``. So a dataset of 10 million samples opens in a second, however many ranks do.
 
     Raises:
         UsageError: not a dataset, no samples, or made by another tokenizer.
@@ -205,21 +217,40 @@ class Dataset:
             )
         if self.manifest.num_samples == 0:
             raise UsageError(f"{folder} holds no samples ({self.manifest.num_records} records, all rejected)")
-        self._shards = [_Shard(self.folder, facts) if facts.num_samples else None for facts in self.manifest.shards]
+        for facts in self.manifest.shards:
+            _check_sizes(self.folder, facts)
+        self._shards: dict[int, _Shard] = {}
         self._firsts = np.cumsum([0, *(facts.num_samples for facts in self.manifest.shards)])
-        whole = [shard for shard in self._shards if shard is not None]
-        self.token_lengths = np.concatenate([shard.token_lengths for shard in whole])
-        """int32 (samples,): tokens of each sample, an image counted as one."""
-        self.num_images = np.concatenate([shard.num_images for shard in whole])
-        """int32 (samples,): images of each sample."""
         self.image_mark_id: int = self.manifest.tokenizer["image_mark_id"]
+
+    @cached_property
+    def token_lengths(self) -> np.ndarray:
+        """int32 (samples,): tokens of each sample, an image counted as one."""
+        return np.concatenate([shard.token_lengths for shard in self._every_shard()])
+
+    @cached_property
+    def num_images(self) -> np.ndarray:
+        """int32 (samples,): images of each sample."""
+        return np.concatenate([shard.num_images for shard in self._every_shard()])
+
+    def _every_shard(self) -> Iterator[_Shard]:
+        return (self._shard(n) for n, facts in enumerate(self.manifest.shards) if facts.num_samples)
+
+    def _shard(self, number: int) -> _Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = _Shard(self.folder, self.manifest.shards[number])
+            if len(self._shards) >= _MOST_OPEN_SHARDS:
+                self._shards.pop(next(iter(self._shards)), None)
+            self._shards[number] = shard
+        return shard
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def _locate(self, number: int) -> tuple[int, _Shard, int]:
         shard = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        return shard, self._shards[shard], number - int(self._firsts[shard])
+        return shard, self._shard(shard), number - int(self._firsts[shard])
 
     def __getitem__(self, number: int) -> StoredSample:
         number_of_shard, shard, row = self._locate(number)
@@ -231,7 +262,7 @@ class Dataset:
 
     def image(self, key: tuple[int, int]) -> np.ndarray:
         """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""
-        return self._shards[key[0]].image[key[1]]
+        return self._shard(key[0]).image[key[1]]
 
     def sample_id(self, number: int) -> str:
         _, shard, row = self._locate(number)

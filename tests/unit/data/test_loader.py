@@ -347,7 +347,8 @@ def test_one_image_of_two_samples_is_changed_in_two_ways():
 def test_a_turn_of_ninety_degrees_a_shift_and_a_mirror_are_what_they_say():
     square_YXC = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     quarter = augmented(square_YXC, AugmentConfig(rotate_degrees=90), np.array([1, 0, 0, 0, 0, 0, 0], float), (9, 9, 9))
-    assert (quarter == np.rot90(square_YXC, -1)).all()
+    # Pillow's bilinear cuts to whole numbers, and the cosine of 90 degrees is 6e-17: one of 255 may be lost.
+    assert np.abs(quarter.astype(int) - np.rot90(square_YXC, -1)).max() <= 1
     right = augmented(square_YXC, AugmentConfig(shift=0.25), np.array([0, 1, 0, 0, 0, 0, 0], float), (1, 2, 3))
     assert (right[:, 7:] == square_YXC[:, :21]).all()
     assert (right[:, :7] == (1, 2, 3)).all()

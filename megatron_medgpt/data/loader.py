@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -230,10 +230,12 @@ class StageData:
             keys = tuple((key, epoch, stored.sample_id, place) for place, key in enumerate(keys))
         return Document(stored.token_ids, stored.target_spans_flat, keys, stored.modality, stored.sample_id)
 
-    def _fetch(self, key: Hashable) -> tuple[str, np.ndarray]:
+    def _fetch(self, key: Hashable) -> tuple[str, np.ndarray | Callable[[np.ndarray], None]]:
         number, shard, image = key
         dataset = self._datasets[number]
-        return dataset.manifest.store.kind, dataset.image((shard, image))
+        if dataset.manifest.store.kind == "pixels":
+            return "pixels", partial(dataset.read_pixels, (shard, image))
+        return "encoded", dataset.image((shard, image))
 
     def _read(self, keys: list[Hashable]) -> Tensor:
         if self.augment is None:

@@ -24,6 +24,7 @@ from megatron_medgpt.types import ImageSpec
 
 READERS = ("auto", "dali", "pillow")
 Reader = Literal["auto", "dali", "pillow"]
+Fetch = Callable[[Hashable], tuple[str, np.ndarray | Callable[[np.ndarray], None]]]
 
 
 class Decoder(Protocol):
@@ -96,16 +97,17 @@ class PixelSource:
         if reader not in READERS:
             raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(READERS)}")
 
-    def read(self, keys: Sequence[Hashable], fetch: Callable[[Hashable], tuple[str, np.ndarray]]) -> Tensor:
+    def read(self, keys: Sequence[Hashable], fetch: Fetch) -> Tensor:
         """float32 (I, 3, size, size), normalised, contiguous. See ``squares`` for the arguments."""
         return self.normalise(self.squares(keys, fetch))
 
-    def squares(self, keys: Sequence[Hashable], fetch: Callable[[Hashable], tuple[str, np.ndarray]]) -> np.ndarray:
+    def squares(self, keys: Sequence[Hashable], fetch: Fetch) -> np.ndarray:
         """uint8 (I, size, size, 3).
 
         Args:
             keys: identities of the images; equal keys are equal images for ever.
-            fetch: gives (store kind, uint8 record) of a key that is not in the cache.
+            fetch: gives (store kind, uint8 record) of a key that is not in the cache; in place of a pixel record it
+                may give what reads its pixels into a uint8 (size, size, 3) array.
 
         Raises:
             WorkError: a stored image does not decode.
@@ -121,6 +123,9 @@ class PixelSource:
                 if kind == "encoded":
                     missing.append(place)
                     encoded.append(record)
+                    continue
+                if callable(record):
+                    record(squares_IYXC[place])
                     continue
                 ready = unpack_pixels(record)
             squares_IYXC[place] = ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -81,8 +82,17 @@ def facts_of(dataset: Dataset, sequence_length: int, tokens_per_image: int) -> d
         "records": manifest.num_records, "rejects": manifest.rejects, "store": asdict(manifest.store),
         "shards": len(manifest.shards), "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
         "tokenizer": manifest.tokenizer["sha256"], "fingerprint": dataset.fingerprint,
+        "licences": _added_up(manifest.provenance, "licences"), "notes": _added_up(manifest.provenance, "notes"),
         "provenance": manifest.provenance,
     }  # fmt: skip
+
+
+def _added_up(provenance: dict[str, Any], field: str) -> dict[str, int]:
+    """Counts of a field of the provenance, over the parts of a joined dataset where it is one."""
+    counts: Counter[str] = Counter()
+    for part in provenance.get("merged", [provenance]):
+        counts.update(part.get(field, {}))
+    return dict(sorted(counts.items()))
 
 
 def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
@@ -93,6 +103,8 @@ def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
         "rejects": ", ".join(f"{count} {reason}" for reason, count in facts["rejects"].items()) or "none",
         "images": f"{facts['images']:,} ({store['kind']}), at most {facts['most_images_per_sample']} in a sample",
         "modalities": ", ".join(f"{name} {count:,}" for name, count in facts["modalities"].items()),
+        "licences": ", ".join(f"{name} {count:,}" for name, count in facts["licences"].items()) or "not stated",
+        "noticed": ", ".join(f"{count:,} {note}" for note, count in facts["notes"].items()) or "nothing",
         "text tokens": f"{facts['text_tokens']:,}, {facts['targets']:,} of them targets",
         "tokens per sample": ", ".join(f"{name} {value}" for name, value in facts["text_tokens_per_sample"].items()),
         "packing": f"{packing['rows']:,} rows of {packing['sequence_length']} at {packing['tokens_per_image']} tokens "

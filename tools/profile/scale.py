@@ -4,7 +4,8 @@
 
 Sixteen shards of 2,048 samples are written; the others are hard links to them, each with a name, a size and an entry in
 dataset.json of its own. Every measurement is a process of its own, as a rank is: ``first`` finds no plan and makes it,
-``next`` finds it. Memory is the growth of the resident set after the imports, shared pages of files included.
+``next`` finds it. Memory is the growth since the imports: of the process itself, and of mapped pages of files, which
+ranks of a node share and the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -62,31 +63,36 @@ def make(folder: Path, samples: int) -> None:
     write_manifest(folder, shards, tokenizer=tokenizer, store=Store(), num_records=total, rejects={}, provenance={})
 
 
-def resident_mib() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def memory_mib() -> tuple[float, float]:
+    """Of this process: its own memory, and pages of files that it has mapped (shared with every other rank)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, files = (int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return own, files
 
 
 def measure(work: Path, step: str) -> dict[str, float]:
-    before, began, cpu = resident_mib(), time.monotonic(), time.process_time()
+    own, files = memory_mib()
+    began, cpu = time.monotonic(), time.process_time()
+    facts: dict[str, float] = {}
     if step == "open":
-        opened = Dataset(work / "data")
-        facts: dict[str, float] = {"samples": len(opened)}
+        facts["samples"] = len(opened := Dataset(work / "data"))
+        assert opened.manifest.num_samples == facts["samples"]
     else:
         stage = open_stage(
-            [BlendConfig(path=str(work / "data"))], tokenizer_fingerprint=None, image=SPEC, sequence_length=4096, seed=0,
-            reader="pillow", rows_per_step=256, plans_folder=work / "plans",
+            [BlendConfig(path=str(work / "data"))], tokenizer_fingerprint=None, image=SPEC, sequence_length=4096,
+            seed=0, reader="pillow", rows_per_step=256, plans_folder=work / "plans",
         )  # fmt: skip
-        facts = {"rows": stage.num_rows_per_epoch}
-    facts |= {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu, "mib": resident_mib() - before}
-    facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        facts["rows"] = stage.num_rows_per_epoch
+    facts |= {"wall_s": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+    facts |= {"own_mib": memory_mib()[0] - own, "mapped_mib": memory_mib()[1] - files}
+    facts["peak_of_process_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if step == "next":
         began = time.process_time()
         rows = np.random.default_rng(0).integers(0, stage.num_rows_per_epoch, 200).tolist()
         facts["documents"] = sum(stage.take(row, 1, with_pixels=False).num_documents for row in rows)
-        facts["ms_per_row"] = (time.process_time() - began) / len(rows) * 1e3
-        facts["mib_after_reading"] = resident_mib() - before
-    return facts
+        facts["cpu_ms_per_row"] = (time.process_time() - began) / len(rows) * 1e3
+        facts["own_mib_after_200_rows"] = memory_mib()[0] - own
+    return {name: round(value, 3) for name, value in facts.items()}
 
 
 def main() -> None:

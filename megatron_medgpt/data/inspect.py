@@ -24,6 +24,7 @@ from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels, ve
 from megatron_medgpt.data.text import Tokenizer
 
 _TILE_PX, _TEXT_PX, _LINE_PX, _COLUMNS = 224, 620, 14, 100
+_LEGEND = {"prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here"}
 _INK = {"prompt": (90, 90, 90), "target": (0, 110, 60), "mark": (170, 60, 0)}
 
 
@@ -129,8 +130,11 @@ def draw_samples(dataset: Dataset, count: int) -> Image.Image:
     numbers = np.linspace(0, len(dataset) - 1, max(1, min(count, len(dataset)))).astype(int)
     tokenizer = Tokenizer.load(dataset.folder / TOKENIZER) if (dataset.folder / TOKENIZER).is_file() else None
     tiles = [_draw_sample(dataset, dataset[int(n)], int(n), tokenizer) for n in dict.fromkeys(numbers.tolist())]
-    sheet = Image.new("RGB", (max(t.width for t in tiles), sum(t.height + 8 for t in tiles)), "white")
-    top = 0
+    sheet = Image.new("RGB", (max(t.width for t in tiles), _LINE_PX + 8 + sum(t.height + 8 for t in tiles)), "white")
+    pen, left, top = ImageDraw.Draw(sheet), 8, _LINE_PX + 8
+    for kind, meaning in _LEGEND.items():
+        pen.text((left, 4), meaning, fill=_INK[kind])
+        left += 160
     for tile in tiles:
         sheet.paste(tile, (0, top))
         top += tile.height + 8

@@ -294,6 +294,32 @@ def _check_metric(field_name: str, metric: str | None, stage: StageConfig) -> No
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Changes of training pictures, drawn anew for every picture in every epoch; all off by default.
+
+    Each number is the most that is done in either direction.
+    """
+
+    rotate_degrees: float = 0.0
+    shift: float = 0.0
+    """Share of the side."""
+    zoom: float = 0.0
+    """0.1 zooms between 1/1.1 and 1.1."""
+    brightness: float = 0.0
+    """Share of the range from black to white that is added."""
+    contrast: float = 0.0
+    """Share by which differences from mid-grey grow or shrink."""
+    mirror: bool = False
+    """Turns half of the pictures over, left to right. It makes a left lung a right one: only for pictures without
+    sides (microscopy, dermoscopy) and texts that name none."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("rotate_degrees", 180), ("shift", 0.5), ("zoom", 1), ("brightness", 1), ("contrast", 1)):
+            value = getattr(self, name)
+            _require(0 <= value <= most, f"augment.{name}={value}; allowed: 0 to {most}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExitConfig:
     """Ends a stage before ``num_steps`` by a validation figure (checked at every validation)."""
 
@@ -351,6 +377,7 @@ class StageConfig:
     router_balance_coefficient: float = 0.0
     router_z_coefficient: float = 0.0
     exit: ExitConfig = field(default_factory=ExitConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         at = f"stages.{self.name}"

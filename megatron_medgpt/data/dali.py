@@ -1,6 +1,7 @@
 """DALI's decoder: JPEG and PNG bytes to square 8-bit pixels, on the CPU or in the GPU's decoder (``mixed``).
 
-The pipeline is fed by hand, one batch a run, with nothing prefetched: after an error, a prefetching pipeline returns
+The pipeline is fed by hand, one batch a run, with nothing prefetched, and every picture goes through it together with
+its number, which is compared at the end: after an error, a prefetching pipeline returns
 the batch *before* the one that was asked for (DALI 2.4, reference/reliability.md), and an image must never slide.
 
 DALI's own resize is up to 30 levels (mean 3.4) from the exported processor's on strong noise, for two reasons: Pillow
@@ -58,10 +59,11 @@ class DaliDecoder:
             image = fn.decoders.image(
                 encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True, use_fast_idct=False
             )
+            number = fn.external_source(name="number", dtype=types.INT64, ndim=0)
             if not in_dali:
-                return image
+                return image, number
             shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.INT32)[:2]
-            return _near_pillow(image, shape, size, colour)
+            return _near_pillow(image, shape, size, colour), number
 
         pipeline = decode()
         pipeline.build()
@@ -77,13 +79,16 @@ class DaliDecoder:
         out = np.empty((len(images), size, size, 3), np.uint8)
         for first in range(0, len(images), _LARGEST_BATCH):
             batch = list(images[first : first + _LARGEST_BATCH])
+            numbers = np.arange(first, first + len(batch), dtype=np.int64)
             try:
-                (decoded,) = self._pipeline.run(encoded=batch)
+                decoded, came_back = self._pipeline.run(encoded=batch, number=list(numbers))
             except RuntimeError as error:
                 self._pipeline = self._build()  # a pipeline that failed is not trusted with the next batch
                 raise WorkError(
                     f"a stored image does not decode ({str(error).splitlines()[0]}); run medgpt inspect --verify"
                 ) from error
+            if not np.array_equal(came_back.as_array().reshape(-1), numbers):
+                raise WorkError("DALI returned other pictures than it was given; set image_reader=pillow")
             decoded = decoded.as_cpu()
             if self._in_dali:
                 out[first : first + len(batch)] = decoded.as_array()

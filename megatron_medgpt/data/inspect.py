@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -23,6 +24,7 @@ from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels, ve
 from megatron_medgpt.data.text import Tokenizer
 
 _TILE_PX, _TEXT_PX, _LINE_PX, _COLUMNS = 224, 620, 14, 100
+_LEGEND = {"prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here"}
 _INK = {"prompt": (90, 90, 90), "target": (0, 110, 60), "mark": (170, 60, 0)}
 
 
@@ -81,8 +83,17 @@ def facts_of(dataset: Dataset, sequence_length: int, tokens_per_image: int) -> d
         "records": manifest.num_records, "rejects": manifest.rejects, "store": asdict(manifest.store),
         "shards": len(manifest.shards), "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
         "tokenizer": manifest.tokenizer["sha256"], "fingerprint": dataset.fingerprint,
+        "licences": _added_up(manifest.provenance, "licences"), "notes": _added_up(manifest.provenance, "notes"),
         "provenance": manifest.provenance,
     }  # fmt: skip
+
+
+def _added_up(provenance: dict[str, Any], field: str) -> dict[str, int]:
+    """Counts of a field of the provenance, over the parts of a joined dataset where it is one."""
+    counts: Counter[str] = Counter()
+    for part in provenance.get("merged", [provenance]):
+        counts.update(part.get(field, {}))
+    return dict(sorted(counts.items()))
 
 
 def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
@@ -93,6 +104,8 @@ def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
         "rejects": ", ".join(f"{count} {reason}" for reason, count in facts["rejects"].items()) or "none",
         "images": f"{facts['images']:,} ({store['kind']}), at most {facts['most_images_per_sample']} in a sample",
         "modalities": ", ".join(f"{name} {count:,}" for name, count in facts["modalities"].items()),
+        "licences": ", ".join(f"{name} {count:,}" for name, count in facts["licences"].items()) or "not stated",
+        "noticed": ", ".join(f"{count:,} {note}" for note, count in facts["notes"].items()) or "nothing",
         "text tokens": f"{facts['text_tokens']:,}, {facts['targets']:,} of them targets",
         "tokens per sample": ", ".join(f"{name} {value}" for name, value in facts["text_tokens_per_sample"].items()),
         "packing": f"{packing['rows']:,} rows of {packing['sequence_length']} at {packing['tokens_per_image']} tokens "
@@ -117,8 +130,11 @@ def draw_samples(dataset: Dataset, count: int) -> Image.Image:
     numbers = np.linspace(0, len(dataset) - 1, max(1, min(count, len(dataset)))).astype(int)
     tokenizer = Tokenizer.load(dataset.folder / TOKENIZER) if (dataset.folder / TOKENIZER).is_file() else None
     tiles = [_draw_sample(dataset, dataset[int(n)], int(n), tokenizer) for n in dict.fromkeys(numbers.tolist())]
-    sheet = Image.new("RGB", (max(t.width for t in tiles), sum(t.height + 8 for t in tiles)), "white")
-    top = 0
+    sheet = Image.new("RGB", (max(t.width for t in tiles), _LINE_PX + 8 + sum(t.height + 8 for t in tiles)), "white")
+    pen, left, top = ImageDraw.Draw(sheet), 8, _LINE_PX + 8
+    for kind, meaning in _LEGEND.items():
+        pen.text((left, 4), meaning, fill=_INK[kind])
+        left += 160
     for tile in tiles:
         sheet.paste(tile, (0, top))
         top += tile.height + 8

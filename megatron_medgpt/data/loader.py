@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,11 +21,13 @@ import numpy as np
 from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.config.schema import BlendConfig
+from megatron_medgpt.config.schema import AugmentConfig, BlendConfig
+from megatron_medgpt.data.augment import augmented, draws
 from megatron_medgpt.data.collate import Document, RowShape, collate
 from megatron_medgpt.data.mix import Member, draw_epoch, whole_passes
 from megatron_medgpt.data.pack import EpochPlan, plan_epoch
 from megatron_medgpt.data.pixels import PixelSource, Reader
+from megatron_medgpt.data.plans import EpochPlans
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.square import pad_rgb
 from megatron_medgpt.types import ImageSpec, MedBatch
@@ -32,7 +35,7 @@ from megatron_medgpt.types import ImageSpec, MedBatch
 log = logging.getLogger(__name__)
 PLAN_VERSION = 1
 """Raised whenever the same inputs would give another order."""
-_PLANS_KEPT = 2
+_STEPS_KEPT = 8
 
 T = TypeVar("T")
 
@@ -47,6 +50,9 @@ def open_stage(
     reader: Reader = "auto",
     drop_over_long: bool = False,
     cache_bytes: int = 1 << 29,
+    rows_per_step: int = 1,
+    augment: AugmentConfig | None = None,
+    plans_folder: Path | None = None,
 ) -> StageData:
     """Open the datasets of a stage.
 
@@ -54,6 +60,10 @@ def open_stage(
         image: what the encoder wants; None for stages without images.
         drop_over_long: leave out samples that do not fit a row (counted in ``num_over_long``) rather than refuse them.
         cache_bytes: memory for ready 8-bit images of this process.
+        rows_per_step: rows of an optimizer step. Within each step they are put in order of their images, so that the
+            rows that data-parallel ranks work on at one time hold about the same number.
+        augment: changes of pictures; None shows them as they are.
+        plans_folder: where plans of large epochs are kept for other ranks and later runs.
 
     Raises:
         UsageError: a folder is no dataset, of another tokenizer, stored for another encoder, or has samples that do
@@ -63,7 +73,8 @@ def open_stage(
     datasets = [Dataset(entry.path, tokenizer_fingerprint=tokenizer_fingerprint) for entry in blend]
     return StageData(
         datasets, [entry.weight for entry in blend], image=image, sequence_length=sequence_length, seed=seed,
-        reader=reader, drop_over_long=drop_over_long, cache_bytes=cache_bytes,
+        reader=reader, drop_over_long=drop_over_long, cache_bytes=cache_bytes, rows_per_step=rows_per_step,
+        augment=augment, plans_folder=plans_folder,
     )  # fmt: skip
 
 
@@ -81,9 +92,14 @@ class StageData:
         reader: Reader,
         drop_over_long: bool,
         cache_bytes: int,
+        rows_per_step: int,
+        augment: AugmentConfig | None,
+        plans_folder: Path | None,
     ) -> None:
         self._datasets = datasets
         self.sequence_length, self.seed, self.image = sequence_length, seed, image
+        self.rows_per_step = rows_per_step
+        self.augment = None if augment == AugmentConfig() else augment
         self._check_images(image)
         tokens_per_image = image.num_tokens if image else 1
         made_by = datasets[0].manifest.tokenizer
@@ -94,19 +110,17 @@ class StageData:
             sequence_length=sequence_length, image_mark_id=made_by["image_mark_id"], pad_id=made_by["pad_id"],
             tokens_per_image=tokens_per_image,
         )  # fmt: skip
-        self._lengths = np.concatenate(
-            [d.token_lengths + d.num_images * np.int32(tokens_per_image - 1) for d in datasets]
-        )
         self._firsts = np.cumsum([0, *map(len, datasets)])
         self._members = [
             Member(fingerprint=d.fingerprint, num_samples=len(d), weight=w) for d, w in zip(datasets, weights)
         ]
-        self.num_over_long = self._check_lengths(drop_over_long)
-        self.plan_hash = self._hash(drop_over_long)
-        self._plans: dict[int, EpochPlan] = {}
+        self._drop_over_long = drop_over_long
+        self.plan_hash = self._hash()
+        self._plans = EpochPlans(self._make_plan, self.plan_hash, plans_folder)
+        self._step_orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._first_rows = [0]  # first row of each epoch known so far
-        self.num_rows_per_epoch = self._plan(0).num_rows
+        self.num_rows_per_epoch = self._plans[0].num_rows
         """Rows of epoch 0; every epoch has as many when the weights are whole numbers."""
         if self.num_rows_per_epoch == 0:
             raise UsageError("no sample is left for this stage; raise the weights of its data or sequence_length")
@@ -123,66 +137,117 @@ class StageData:
                     f"this one wants {image.size_px} px padded with {pad_rgb(image)}; ingest with --store encoded"
                 )
 
-    def _check_lengths(self, drop: bool) -> int:
-        self._over_long = self._lengths > self.sequence_length
-        count = int(self._over_long.sum())
-        if not count:
-            return 0
-        longest = int(self._lengths.max())
-        if not drop:
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """int32: positions of every sample of the blend. Only making a plan asks for it."""
+        more = np.int32(self.shape.tokens_per_image - 1)
+        return np.concatenate([d.token_lengths + d.num_images * more for d in self._datasets])
+
+    @cached_property
+    def num_over_long(self) -> int:
+        """Samples that do not fit a row and are left out."""
+        return int((self._lengths > self.sequence_length).sum())
+
+    def _check_lengths(self) -> None:
+        if not self.num_over_long:
+            return
+        count, longest = self.num_over_long, int(self._lengths.max())
+        if not self._drop_over_long:
             raise UsageError(
                 f"{count} of {self._lengths.size} samples do not fit sequence_length={self.sequence_length} "
                 f"(longest {longest}); set the stage's sequence_length to at least {longest}, or shorten their texts"
             )
         log.warning("%d of %d samples are longer than %d and left out", count, self._lengths.size, self.sequence_length)
-        return count
 
-    def _hash(self, drop: bool) -> str:
+    def _hash(self) -> str:
         facts = {
             "version": PLAN_VERSION, "members": [asdict(m) for m in self._members], "seed": self.seed,
-            "sequence_length": self.sequence_length, "tokens_per_image": self.shape.tokens_per_image, "drop": drop,
+            "sequence_length": self.sequence_length, "tokens_per_image": self.shape.tokens_per_image,
+            "drop": self._drop_over_long,
         }  # fmt: skip
+        if self.rows_per_step > 1:
+            facts["rows_per_step"] = self.rows_per_step
+        if self.augment is not None:
+            facts["augment"] = asdict(self.augment)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        with self._lock:
-            plan = self._plans.get(epoch)
-            if plan is None:
-                drawn = draw_epoch(self._members, self.seed, epoch)
-                drawn = drawn[~self._over_long[drawn]]
-                plan = plan_epoch(drawn, self._lengths, self.sequence_length, self.seed, epoch)
-                while len(self._plans) >= _PLANS_KEPT:
-                    self._plans.pop(next(iter(self._plans)))
-                self._plans[epoch] = plan
-            return plan
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        if epoch == 0:
+            self._check_lengths()
+        drawn = draw_epoch(self._members, self.seed, epoch)
+        if self.num_over_long:
+            drawn = drawn[self._lengths[drawn] <= self.sequence_length]
+        images = np.concatenate([dataset.num_images for dataset in self._datasets])
+        return plan_epoch(drawn, self._lengths, self.sequence_length, self.seed, epoch, images)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(epoch, row of that epoch) of a global row number."""
         if whole_passes(self._members):
             return divmod(row, self.num_rows_per_epoch)
         while self._first_rows[-1] <= row:
-            self._first_rows.append(self._first_rows[-1] + self._plan(len(self._first_rows) - 1).num_rows)
+            self._first_rows.append(self._first_rows[-1] + self._plans[len(self._first_rows) - 1].num_rows)
         epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return epoch, row - self._first_rows[epoch]
 
+    def _served(self, row: int) -> int:
+        """The row of the plan that is given as ``row``: steps hold the plan's rows, those with most images first.
+
+        Ranks take neighbouring rows at one time, so their numbers of images are neighbours too; over a whole step the
+        totals of two ranks differ by at most what two single rows can differ by, for any number of ranks.
+        """
+        if self.rows_per_step == 1:
+            return row
+        step, place = divmod(row, self.rows_per_step)
+        with self._lock:
+            order = self._step_orders.get(step)
+            if order is None:
+                places = [self.locate(step * self.rows_per_step + i) for i in range(self.rows_per_step)]
+                images = np.array([self._plans[epoch].images_of_row[inside] for epoch, inside in places])
+                order = np.argsort(-images, kind="stable")
+                while len(self._step_orders) >= _STEPS_KEPT:
+                    self._step_orders.pop(next(iter(self._step_orders)))
+                self._step_orders[step] = order
+        return step * self.rows_per_step + int(order[place])
+
+    def _places_of(self, row: int) -> tuple[int, list[int]]:
+        epoch, inside = self.locate(self._served(row))
+        return epoch, self._plans[epoch].row(inside).tolist()
+
     def samples_of(self, row: int) -> list[int]:
         """Numbers (through the blend) of the samples in a global row, in order."""
-        epoch, inside = self.locate(row)
-        return self._plan(epoch).row(inside).tolist()
+        return self._places_of(row)[1]
 
-    def _document(self, sample: int) -> Document:
+    def _documents(self, row: int) -> list[Document]:
+        epoch, samples = self._places_of(row)
+        return [self._document(sample, epoch) for sample in samples]
+
+    def _document(self, sample: int, epoch: int) -> Document:
         number = int(np.searchsorted(self._firsts, sample, side="right")) - 1
         stored = self._datasets[number][sample - int(self._firsts[number])]
-        keys = tuple((number, *key) for key in stored.image_keys)
+        keys: tuple[Hashable, ...] = tuple((number, *key) for key in stored.image_keys)
+        if self.augment is not None:
+            # What happens to a picture depends on where it is shown: two samples may show one image in two ways.
+            keys = tuple((key, epoch, stored.sample_id, place) for place, key in enumerate(keys))
         return Document(stored.token_ids, stored.target_spans_flat, keys, stored.modality, stored.sample_id)
 
-    def _fetch(self, key: Hashable) -> tuple[str, np.ndarray]:
+    def _fetch(self, key: Hashable) -> tuple[str, np.ndarray | Callable[[np.ndarray], None]]:
         number, shard, image = key
         dataset = self._datasets[number]
-        return dataset.manifest.store.kind, dataset.image((shard, image))
+        if dataset.manifest.store.kind == "pixels":
+            return "pixels", partial(dataset.read_pixels, (shard, image))
+        return "encoded", dataset.image((shard, image))
 
     def _read(self, keys: list[Hashable]) -> Tensor:
-        return self.pixels.read(keys, self._fetch)
+        if self.augment is None:
+            return self.pixels.read(keys, self._fetch)
+        images = list(dict.fromkeys(key[0] for key in keys))
+        squares_IYXC = self.pixels.squares(images, self._fetch)
+        square_of = dict(zip(images, squares_IYXC))
+        shown = [
+            augmented(square_of[image], self.augment, draws(self.seed, *shown), pad_rgb(self.image))
+            for image, *shown in keys
+        ]
+        return self.pixels.normalise(np.stack(shown) if shown else squares_IYXC)
 
     def take(
         self, first_row: int, num_rows: int, *, keep: tuple[int, int] | None = None, with_pixels: bool = True
@@ -199,7 +264,7 @@ class StageData:
         Raises:
             WorkError: a shard is damaged.
         """
-        rows = [[self._document(s) for s in self.samples_of(row)] for row in range(first_row, first_row + num_rows)]
+        rows = [self._documents(row) for row in range(first_row, first_row + num_rows)]
         read = self._read if with_pixels and self.pixels is not None else None
         return collate(rows, self.shape, keep=keep, pixels=read)
 
@@ -214,7 +279,7 @@ class StageData:
 
     def describe(self) -> dict[str, float | int | str | list[str]]:
         """Facts for logs and ``--dry-run``."""
-        plan = self._plan(0)
+        plan = self._plans[0]
         used = int(self._lengths[plan.samples].sum())
         return {
             "datasets": [Path(d.folder).name for d in self._datasets], "samples_per_epoch": int(plan.samples.size),

@@ -21,7 +21,9 @@ class EpochPlan:
     first_of_row: np.ndarray
     """int64 (rows + 1,)."""
     samples: np.ndarray
-    """int64 (samples,): numbers through the blend."""
+    """int32 or int64 (samples,): numbers through the blend."""
+    images_of_row: np.ndarray
+    """int32 (rows,)."""
 
     @property
     def num_rows(self) -> int:
@@ -81,12 +83,20 @@ def best_fit_decreasing(count_of_length: np.ndarray, capacity: int) -> list[tupl
     return [group for left in free for group in groups[left]]
 
 
-def plan_epoch(drawn: np.ndarray, length_of_sample: np.ndarray, capacity: int, seed: int, epoch: int) -> EpochPlan:
+def plan_epoch(
+    drawn: np.ndarray,
+    length_of_sample: np.ndarray,
+    capacity: int,
+    seed: int,
+    epoch: int,
+    images_of_sample: np.ndarray | None = None,
+) -> EpochPlan:
     """Pack the samples that an epoch shows.
 
     Args:
         drawn: int64 (n,), samples of the epoch (``mix.draw_epoch``), none longer than ``capacity``.
         length_of_sample: int32 positions of every sample of the blend, image tokens counted.
+        images_of_sample: int32 images of every sample of the blend; none where not given.
     """
     lengths = length_of_sample[drawn]
     counts = np.bincount(lengths, minlength=capacity + 1)
@@ -106,4 +116,10 @@ def plan_epoch(drawn: np.ndarray, length_of_sample: np.ndarray, capacity: int, s
     row_of = place_of_row[row_of]
     inside = np.lexsort((order_keys(drawn.size, "inside", seed, epoch), row_of))
     first_of_row = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=num_rows))))
-    return EpochPlan(first_of_row, sorted_samples[inside])
+    samples = sorted_samples[inside]
+    if length_of_sample.size <= np.iinfo(np.int32).max:
+        samples = samples.astype(np.int32)
+    images = np.zeros(num_rows, np.int32)
+    if images_of_sample is not None and num_rows:
+        images = np.add.reduceat(images_of_sample[samples], first_of_row[:-1]).astype(np.int32)
+    return EpochPlan(first_of_row, samples, images)

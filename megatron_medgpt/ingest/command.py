@@ -21,6 +21,7 @@ from megatron_medgpt.ingest.decode import DecodeOptions
 from megatron_medgpt.ingest.identity import SUSPICIOUS_TEXT, load_key, masked
 from megatron_medgpt.ingest.parts import Part, leave_note, shards_of_parts
 from megatron_medgpt.ingest.progress import Progress, expected_records
+from megatron_medgpt.ingest.seen import SeenIds
 from megatron_medgpt.ingest.sources import Record, Source, open_source
 from megatron_medgpt.ingest.sources.place import Place, name_of
 from megatron_medgpt.ingest.write import Finished, Settings, Task, finished_before, locked, write_shards
@@ -216,18 +217,15 @@ def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: To
 
 def _tasks(sources: Sequence[Source], per_shard: int) -> Iterator[Task]:
     """Shards of records in the order of the inputs; a record seen before is a reject."""
-    seen: set[bytes] = set()
+    seen = SeenIds()
     number = first = 0
     batch: list[tuple[Record, Place]] = []
     carried = 0
     for source in sources:
         for record in source.read(first):
             first = record.number + 1
-            if not record.problem:
-                digest = hashlib.sha256(record.source_id.encode("utf-8", "surrogatepass")).digest()[:16]
-                if digest in seen:
-                    record = Record(record.number, problem="duplicate-id")
-                seen.add(digest)
+            if not record.problem and seen.add(record.source_id):
+                record = Record(record.number, problem="duplicate-id")
             batch.append((record, source.image_root))
             carried += record.num_bytes
             if len(batch) == per_shard or carried >= _CARRIED_BYTES:

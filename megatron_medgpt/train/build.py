@@ -133,7 +133,10 @@ def image_spec(config: RunConfig) -> ImageSpec:
     )
 
 
-def open_data(config: RunConfig, stage: StageConfig, blend: tuple[BlendConfig, ...], tokenizer: Tokenizer) -> StageData:
+def open_data(
+    config: RunConfig, stage: StageConfig, blend: tuple[BlendConfig, ...], tokenizer: Tokenizer, *, learns: bool
+) -> StageData:
+    """Training data (``learns``) or validation data of a stage, which is read as it is and in one order."""
     return open_stage(
         blend,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -141,6 +144,9 @@ def open_data(config: RunConfig, stage: StageConfig, blend: tuple[BlendConfig, .
         sequence_length=stage.sequence_length,
         seed=config.seed,
         reader=config.image_reader,
+        rows_per_step=stage.global_batch_rows if learns else 1,
+        augment=stage.augment if learns else None,
+        plans_folder=Path(config.out) / "plans",
     )
 
 
@@ -150,9 +156,9 @@ def build_stage(config: RunConfig, index: int, world: World) -> Parts:
     tokenizer = Tokenizer.load(Path(config.tokenizer))
     parts = assemble(config, index, world)
     parts.tokenizer = tokenizer
-    parts.data = open_data(config, stage, stage.data, tokenizer)
+    parts.data = open_data(config, stage, stage.data, tokenizer, learns=True)
     if stage.validation_data:
-        parts.validation = open_data(config, stage, stage.validation_data, tokenizer)
+        parts.validation = open_data(config, stage, stage.validation_data, tokenizer, learns=False)
     return parts
 
 

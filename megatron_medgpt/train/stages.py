@@ -146,8 +146,8 @@ def _check_same_data(parts: Parts, newest: Path, facts: CheckpointFacts) -> None
         )
     if facts.plan_hash != parts.data.plan_hash:
         raise UsageError(
-            f"{newest}: the data plan of stage {parts.stage.name} has changed (datasets, weights, seed or "
-            "sequence_length); resume with what it began with, or set another run folder (out=...)"
+            f"{newest}: the data plan of stage {parts.stage.name} has changed (datasets, weights, seed, "
+            "sequence_length or augment); resume with what it began with, or set another run folder (out=...)"
         )
 
 

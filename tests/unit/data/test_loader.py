@@ -11,7 +11,8 @@ from PIL import Image
 from png_examples import png_of
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.config.schema import BlendConfig
+from megatron_medgpt.config.schema import AugmentConfig, BlendConfig
+from megatron_medgpt.data.augment import augmented, draws
 from megatron_medgpt.data.collate import Document, RowShape, batch_of_documents, collate
 from megatron_medgpt.data.loader import Prefetcher, chain, open_stage
 from megatron_medgpt.data.pixels import PixelSource
@@ -274,3 +275,117 @@ def test_the_prefetcher_stays_within_its_depth_and_stops_its_thread():
         time.sleep(0.3)
         assert len(started) <= 1 + 3 + 1
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("data_ranks", "micro_rows"), [(2, 1), (4, 1), (2, 2), (1, 4)])
+def test_ranks_have_about_the_same_number_of_images_at_one_time_and_in_a_step(write_dataset, data_ranks, micro_rows):
+    folder = write_dataset(num_samples=120)
+    plain, even = stage_of(folder), stage_of(folder, rows_per_step=16)
+    images_of_row = [plain.take(row, 1, with_pixels=False).num_images for row in range(64)]
+    assert max(images_of_row) - min(images_of_row) >= 3
+    for step in range(4):
+        first = 16 * step
+        rows = [even.take(row, 1, with_pixels=False).num_images for row in range(first, first + 16)]
+        assert rows == sorted(rows, reverse=True)
+        assert sorted(even.sample_ids(first, 16)) == sorted(plain.sample_ids(first, 16))
+        micro_batches = np.reshape(rows, (-1, data_ranks, micro_rows)).sum(-1)
+        totals = micro_batches.sum(0)
+        assert totals.max() - totals.min() <= micro_rows * (max(rows) - min(rows))
+        assert (np.diff(micro_batches, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 6])
+def test_resume_within_evened_steps_and_changed_pictures_gives_the_same_rest(write_dataset, rows_per_step):
+    folder = write_dataset(num_samples=20)
+    options = {"rows_per_step": rows_per_step, "augment": AUGMENT, "weight": 0.7}
+    whole = stage_of(folder, **options)
+    batches = [whole.take(row, 1) for row in range(14)]
+    for start in (0, 1, 5, 6, 13):
+        assert same(stage_of(folder, **options).take(start, 1), batches[start])
+
+
+AUGMENT = AugmentConfig(rotate_degrees=10, shift=0.05, zoom=0.1, brightness=0.1, contrast=0.1)
+
+
+def test_pictures_change_with_the_epoch_and_the_sample_and_with_nothing_else(write_dataset):
+    folder = write_dataset(num_samples=30)
+    plain = stage_of(folder)
+    changed, cached, seeded = (
+        stage_of(folder, augment=AUGMENT, **more) for more in ({}, {"cache_bytes": 0}, {"seed": 6})
+    )
+    rows = changed.num_rows_per_epoch
+
+    def picture_of(stage, epoch):
+        """Sample id -> its first picture."""
+        batch = stage.take(epoch * rows, rows)
+        found = {}
+        for span in batch.image_spans:
+            before = sum(len(stage.samples_of(epoch * rows + row)) for row in range(span.row))
+            number = before + int(batch.document_ids_BS[span.row, span.start])
+            found.setdefault(batch.sample_ids[number], batch.pixels_ICYX[span.image])
+        return found
+
+    first, again, second, other = (
+        picture_of(changed, 0), picture_of(cached, 0), picture_of(changed, 1), picture_of(seeded, 0)
+    )  # fmt: skip
+    original = picture_of(plain, 0)
+    assert len(first) > 10
+    for sample, picture in first.items():
+        assert torch.equal(picture, again[sample])
+        for different in (second[sample], other[sample], original[sample]):
+            assert not torch.equal(picture, different)
+    labels = [stage.take(0, rows, with_pixels=False).label_ids_BS for stage in (plain, changed)]
+    assert torch.equal(*labels)
+
+
+def test_one_image_of_two_samples_is_changed_in_two_ways():
+    square_YXC = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    one, two = (augmented(square_YXC, AUGMENT, draws(0, 0, sample, 0), (0, 0, 0)) for sample in "ab")
+    assert (one != two).any()
+
+
+def test_a_turn_of_ninety_degrees_a_shift_and_a_mirror_are_what_they_say():
+    square_YXC = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    quarter = augmented(square_YXC, AugmentConfig(rotate_degrees=90), np.array([1, 0, 0, 0, 0, 0, 0], float), (9, 9, 9))
+    # Pillow's bilinear cuts to whole numbers, and the cosine of 90 degrees is 6e-17: one of 255 may be lost.
+    assert np.abs(quarter.astype(int) - np.rot90(square_YXC, -1)).max() <= 1
+    right = augmented(square_YXC, AugmentConfig(shift=0.25), np.array([0, 1, 0, 0, 0, 0, 0], float), (1, 2, 3))
+    assert (right[:, 7:] == square_YXC[:, :21]).all()
+    assert (right[:, :7] == (1, 2, 3)).all()
+    down = augmented(square_YXC, AugmentConfig(shift=0.25), np.array([0, 0, 1, 0, 0, 0, 0], float), (1, 2, 3))
+    assert (down[7:] == square_YXC[:21]).all()
+    mirrored = augmented(square_YXC, AugmentConfig(mirror=True), np.full(7, -1.0), (0, 0, 0))
+    assert (mirrored == square_YXC[:, ::-1]).all()
+    brighter = augmented(square_YXC, AugmentConfig(brightness=0.2), np.array([0, 0, 0, 0, 1, 0, 0], float), (0, 0, 0))
+    assert (brighter == np.round(np.minimum(square_YXC + 51.0, 255))).all()
+    assert augmented(square_YXC, AugmentConfig(), np.ones(7), (0, 0, 0)) is square_YXC
+
+
+def test_the_draws_are_pinned_and_spread_over_the_range():
+    # A resumed run must see the pictures it would have seen: these numbers must never change.
+    assert draws(1, 2, "abc", 0).round(6).tolist()[:3] == [0.644155, 0.310434, 0.475678]
+    many = np.stack([draws(0, 0, str(i), 0) for i in range(2000)])
+    assert np.abs(many.mean(0)).max() < 0.06 and np.abs(many.std(0) - 3**-0.5).max() < 0.03
+    assert many.min() >= -1 and many.max() < 1
+
+
+def test_no_left_becomes_a_right_unless_it_is_asked_for():
+    assert AugmentConfig().mirror is False
+    square_YXC = np.zeros((28, 28, 3), np.uint8)
+    square_YXC[8:20, 2:6] = 255  # something on the left
+    for sample in range(200):
+        shown = augmented(square_YXC, AUGMENT, draws(0, 0, str(sample), 0), (0, 0, 0)).astype(int)
+        assert shown[:, :14].sum() > shown[:, 14:].sum()
+
+
+@pytest.mark.parametrize("field", ["rotate_degrees", "shift", "zoom", "brightness", "contrast"])
+def test_a_change_out_of_range_is_refused(field):
+    with pytest.raises(UsageError, match=rf"augment\.{field}=-0\.1; allowed: 0 to"):
+        AugmentConfig(**{field: -0.1})
+
+
+def test_changes_and_rows_per_step_are_part_of_the_plans_hash(write_dataset):
+    folder = write_dataset()
+    hashes = {stage_of(folder, **more).plan_hash for more in ({}, {"augment": AUGMENT}, {"rows_per_step": 4})}
+    assert len(hashes) == 3
+    assert stage_of(folder, augment=AugmentConfig()).plan_hash in hashes

@@ -6,6 +6,7 @@ import pytest
 from medical_files import encoded
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.data.inspect import inspect
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.command import run_ingest
@@ -113,6 +114,8 @@ def test_the_terminal_shows_names_where_asked_and_no_file_does(ingest, tmp_path)
 
 def test_a_datasheet_says_what_is_known_and_asks_for_the_rest(ingest, tmp_path):
     ingest(licence="CC BY-NC 4.0", suspicious_text="mask")
+    said = inspect(tmp_path / "out")
+    assert "CC BY-NC 4.0 3" in said and "2 texts with a date masked" in said and "1 missing-file" in said
     sheet = (tmp_path / "out" / "DATASHEET.md").read_text()
     for fact in ("| samples | 3 |", "| CC BY-NC 4.0 | 3 |", "| missing-file | 1 |", "| unknown | 3 |",
                  "2 texts with a date masked", "not a legal de-identification"):  # fmt: skip

@@ -10,6 +10,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.shards import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.parts import Part
+from megatron_medgpt.ingest.seen import SeenIds
 from megatron_medgpt.ingest.write import locked
 
 
@@ -86,6 +87,15 @@ def test_parts_write_side_by_side_but_one_part_only_once_and_never_beside_a_whol
                 ingest("parts", **options)
     with locked(tmp_path / "parts"), pytest.raises(UsageError, match="another ingest is writing"):
         ingest("parts", part="0/2")
+
+
+def test_seen_ids_are_those_of_a_set_while_the_table_grows():
+    ids = [str(number * number % 99_991) for number in range(120_000)]
+    seen, expected = SeenIds(), set()
+    for name in ids:
+        assert seen.add(name) == (name in expected)
+        expected.add(name)
+    assert len(expected) > 2 / 3 * 2**16
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "-1/4", "1/0", "a/b"])

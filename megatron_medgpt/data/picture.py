@@ -136,12 +136,17 @@ def pixels_of(content: bytes, scaled_px: int = 0) -> np.ndarray:
         PictureError: as ``canonical``.
     """
     with _opened(content) as image:
+        turned = image.getexif().get(0x0112, 1) != 1
         if image.format == "JPEG":
-            _strip_jpeg(content)  # libjpeg makes up what is missing at the end; this does not
+            # libjpeg makes up what is missing at the end. No end marker can stand inside of a scan.
+            if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+                raise PictureError("truncated-or-corrupt")
             if scaled_px:
                 longest = max(image.size)
                 image.draft(None, tuple(max(1, side * scaled_px // longest) for side in image.size))
-        return np.asarray(_to_8_bit(ImageOps.exif_transpose(image)))
+        if turned:
+            image = ImageOps.exif_transpose(image)
+        return np.asarray(image if image.mode in ("L", "RGB") else _to_8_bit(image))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pydicom
+import tifffile
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -57,6 +58,35 @@ def png_claiming(width, height, rows=0):
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(b"\0" * ((width + 1) * rows), 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def series(folder, positions, *, uid="1.2.7", cosines=(1, 0, 0, 0, 1, 0), **tags):
+    """Slices at these places along z; names and instance numbers run against the places."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, z in enumerate(positions):
+        content = dicom(
+            np.full((16, 16), number, np.uint16), SeriesInstanceUID=uid, StudyInstanceUID="1.2.9",
+            SOPInstanceUID=f"{uid}.{number}", InstanceNumber=100 - number, ImagePositionPatient=[3, 4, z],
+            ImageOrientationPatient=list(cosines), **tags,
+        )  # fmt: skip
+        (folder / f"{uid}-{number}.dcm").write_bytes(content)
+
+
+def slide_file(path, um=0.5, tissue=True):
+    """A pyramid of 2048 x 1536 px: white, with a textured purple block of 1024 x 768 px in the middle."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((1536, 2048, 3), 244, np.uint8)
+    if tissue:
+        pixels[384:1152, 512:1536] = (150, 60, 140)
+        pixels[384:1152, 512:1536] += rng.integers(0, 30, (768, 1024, 1), dtype=np.uint8)
+    per_cm = 10_000 / um
+    with tifffile.TiffWriter(path) as writer:
+        for level, step in enumerate((1, 4)):
+            writer.write(
+                pixels[::step, ::step], tile=(256, 256), photometric="rgb", subfiletype=int(level > 0),
+                resolution=(per_cm / step, per_cm / step), resolutionunit="CENTIMETER", metadata=None,
+            )  # fmt: skip
+    return pixels
 
 
 BAD_FILES = {

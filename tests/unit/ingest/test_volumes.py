@@ -8,8 +8,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-import tifffile
-from medical_files import dicom, encoded, picture
+from medical_files import dicom, encoded, picture, series, slide_file
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -26,18 +25,6 @@ from megatron_medgpt.types import MODALITIES
 
 def greys(pictures):
     return [np.asarray(Image.open(io.BytesIO(one.picture.encoded))) for one in pictures]
-
-
-def series(folder, positions, *, uid="1.2.7", cosines=(1, 0, 0, 0, 1, 0), **tags):
-    """Slices at these places along z; names and instance numbers run against the places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, z in enumerate(positions):
-        content = dicom(
-            np.full((16, 16), number, np.uint16), SeriesInstanceUID=uid, StudyInstanceUID="1.2.9",
-            SOPInstanceUID=f"{uid}.{number}", InstanceNumber=100 - number, ImagePositionPatient=[3, 4, z],
-            ImageOrientationPatient=list(cosines), **tags,
-        )  # fmt: skip
-        (folder / f"{uid}-{number}.dcm").write_bytes(content)
 
 
 def test_slices_are_sorted_by_their_place_along_the_normal_whatever_their_names_and_numbers(tmp_path):
@@ -168,23 +155,6 @@ def test_a_volume_that_would_be_gigabytes_is_refused_by_its_header(monkeypatch):
     for content in (bytes(plain), bomb):
         with pytest.raises(PictureError, match="volume-too-large"):
             decode(content)
-
-
-def slide_file(path, um=0.5, tissue=True):
-    """A pyramid of 2048 x 1536 px: white, with a textured purple block of 1024 x 768 px in the middle."""
-    rng = np.random.default_rng(0)
-    pixels = np.full((1536, 2048, 3), 244, np.uint8)
-    if tissue:
-        pixels[384:1152, 512:1536] = (150, 60, 140)
-        pixels[384:1152, 512:1536] += rng.integers(0, 30, (768, 1024, 1), dtype=np.uint8)
-    per_cm = 10_000 / um
-    with tifffile.TiffWriter(path) as writer:
-        for level, step in enumerate((1, 4)):
-            writer.write(
-                pixels[::step, ::step], tile=(256, 256), photometric="rgb", subfiletype=int(level > 0),
-                resolution=(per_cm / step, per_cm / step), resolutionunit="CENTIMETER", metadata=None,
-            )  # fmt: skip
-    return pixels
 
 
 def test_tissue_tiles_of_a_slide_come_row_by_row_at_the_requested_resolution(tmp_path):

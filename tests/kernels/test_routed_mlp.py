@@ -282,7 +282,7 @@ MUTANTS = {
     "up not clamped below": (FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(tl.maximum(up, -limit), limit)", FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(up, limit)"),
     "plus one dropped": ("a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)", "a = up * gate * tl.sigmoid(gate * ALPHA)"),
     "alpha of one": ("gate * tl.sigmoid(gate * ALPHA)", "gate * tl.sigmoid(gate)"),
-    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND"),
+    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K"),
     "stale row": ("to = tl.maximum(entry, 0).to(tl.int64)", "to = tl.maximum(entry - 1, 0).to(tl.int64)"),
     "router gradient without the bias": ("tl.where(n == 0, bias_part, 0.0)", "tl.where(n == 0, 0 * bias_part, 0.0)"),
     "router weight missing in dz": ("        da *= weight[:, None]\n", ""),

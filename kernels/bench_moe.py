@@ -16,6 +16,13 @@ from medgpt_kernels.route import op as route
 from torch import Tensor
 
 LIMIT = peers.LIMIT
+LIGER = "liger (no bias, plain SwiGLU)"
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {LIGER: peers.liger_layout}
+"""Peers that keep weights in another layout than GPT-oss's, and how they get it, outside what is timed."""
+
+
+def in_layout(name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return LAYOUTS.get(name, dict)(given)
 
 
 def moe_variants(
@@ -53,8 +60,9 @@ def moe_variants(
     if given["x_TH"].is_cuda:
         variants["torch grouped_mm, compiled"] = through(torch.compile(peers.grouped_mm, dynamic=False))
     variants["megatron-core order"] = through(peers.megatron_core)
-    variants["transformers"] = late(lambda: peers.transformers_experts(num_experts, H, G // 2, given["x_TH"].device))
-    variants["liger (no bias, plain SwiGLU)"] = late(peers.liger)
+    for name in ("eager", "grouped_mm"):
+        variants[f"transformers, {name}"] = late(lambda n=name: peers.transformers_experts(num_experts, H, G // 2, n))
+    variants[LIGER] = late(peers.liger)
     return variants
 
 
@@ -66,7 +74,7 @@ def check_variants(variants: dict, given: dict[str, Tensor], experts: Tensor) ->
     for name, call in variants.items():
         limit = 0.15 if "fp8" in name else 0.02  # E4M3 keeps 4 bits, bf16 8
         try:
-            error = float((call(*given.values()).double() - exact).norm() / exact.norm())
+            error = float((call(*in_layout(name, given).values()).double() - exact).norm() / exact.norm())
         except Exception as problem:
             wrong[name] = {"not_run": f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"}
             continue
@@ -91,20 +99,21 @@ def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: st
     given = {**small, **random_tokens(T, H, K, clock.device)}
     variants = {n: c for n, c in moe_variants(given, experts, E, tile).items() if n not in wrong}
     flops = 6.0 * T * K * H * F
-    forward = clock.compare({name: (lambda c=call: _no_grad(c, given)) for name, call in variants.items()})
     leaves = {name: value.requires_grad_() for name, value in given.items()}
+    own = {name: list(in_layout(name, leaves).values()) for name in variants}
+    forward = clock.compare({name: (lambda c=call, n=name: _no_grad(c, own[n])) for name, call in variants.items()})
     grad = torch.randn_like(given["x_TH"])
 
-    def both(call):
-        return lambda: torch.autograd.grad(call(*leaves.values()), list(leaves.values()), grad, allow_unused=True)
+    def both(name, call):
+        return lambda: torch.autograd.grad(call(*own[name]), own[name], grad, allow_unused=True)
 
-    backward = clock.compare({name: both(call) for name, call in variants.items()})
+    backward = clock.compare({name: both(name, call) for name, call in variants.items()})
     saved = {}
     if clock.device.type == "cuda":
         for name, call in variants.items():
             before = torch.cuda.memory_allocated()
             try:
-                out = call(*leaves.values())
+                out = call(*own[name])
                 saved[name] = torch.cuda.memory_allocated() - before
                 del out
             except Exception as error:
@@ -201,6 +210,6 @@ def random_tokens(T: int, H: int, K: int, device: torch.device) -> dict[str, Ten
     return {"x_TH": x, "weights_TK": torch.softmax(torch.randn(T, K, generator=generator, device=device), -1)}
 
 
-def _no_grad(call: Callable[..., Tensor], given: dict[str, Tensor]) -> Tensor:
+def _no_grad(call: Callable[..., Tensor], given: list[Tensor]) -> Tensor:
     with torch.no_grad():
-        return call(*given.values())
+        return call(*given)

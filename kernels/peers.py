@@ -55,12 +55,17 @@ def megatron_core(
     return torch.zeros_like(x).index_add(0, token, y)
 
 
-def transformers_experts(num_experts: int, hidden: int, inner: int, device: torch.device) -> Callable[..., Tensor]:
-    """transformers' own module with our tensors in the place of its parameters."""
+def transformers_experts(num_experts: int, hidden: int, inner: int, implementation: str) -> Callable[..., Tensor]:
+    """transformers' own module with our tensors in the place of its parameters.
+
+    Args:
+        implementation: ``eager`` (expert by expert) or ``grouped_mm``.
+    """
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
     config = GptOssConfig(num_local_experts=num_experts, hidden_size=hidden, intermediate_size=inner)
+    config._experts_implementation = implementation
     with torch.device("meta"):
         module = GptOssExperts(config)
 
@@ -72,12 +77,19 @@ def transformers_experts(num_experts: int, hidden: int, inner: int, device: torc
 
 
 def liger() -> Callable[..., Tensor]:
-    """Liger's fused MoE. It has neither biases nor GPT-oss's activation, so it is given less to do."""
+    """Liger's fused MoE. It has neither biases nor GPT-oss's activation, so it is given less to do.
+
+    Weights come as it keeps them (``liger_layout``), so that no transposition is timed.
+    """
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def call(x, weights, experts, w1, b1, w2, b2):
-        return LigerFusedMoEFunction.apply(
-            x, w1.transpose(1, 2), w2.transpose(1, 2), experts.long(), weights.to(x.dtype)
-        )
+        return LigerFusedMoEFunction.apply(x, w1, w2, experts, weights.to(x.dtype))
 
     return call
+
+
+def liger_layout(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with weights as (E, outputs, inputs)."""
+    flipped = {name: given[name].detach().transpose(1, 2).contiguous() for name in ("gate_up_EHG", "down_EFH")}
+    return {**given, **{name: weight.requires_grad_(given[name].requires_grad) for name, weight in flipped.items()}}

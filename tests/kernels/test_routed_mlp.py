@@ -212,11 +212,13 @@ def test_weight_gradients_accumulate_over_micro_batches(device):
 
 
 @needs_triton
-def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(device):
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(precision, device):
     T, H, F, E, K = cases.SMALL[0]
     given = cases.inputs(T, H, F, E, K, dtype=torch.bfloat16, seed=8, device=device)
     leaves = {name: value.requires_grad_() for name, value in given.items()}
-    out = fused(cases.choices("zipf", T, E, K), E, device)(*leaves.values())
+    out = fused(cases.choices("zipf", T, E, K), E, device, precision=precision)(*leaves.values())
+    assert precision == "bf16" or not any(isinstance(w, routed.Weights) for w in (out.grad_fn.w1, out.grad_fn.w2))
     own = {leaf.data_ptr() for leaf in leaves.values()}
     kept = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in own]
     assert [tuple(t.shape) for t in kept] == [(out.grad_fn.index.num_rows, 2 * F)]
@@ -280,7 +282,7 @@ MUTANTS = {
     "up not clamped below": (FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(tl.maximum(up, -limit), limit)", FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(up, limit)"),
     "plus one dropped": ("a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)", "a = up * gate * tl.sigmoid(gate * ALPHA)"),
     "alpha of one": ("gate * tl.sigmoid(gate * ALPHA)", "gate * tl.sigmoid(gate)"),
-    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND"),
+    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K"),
     "stale row": ("to = tl.maximum(entry, 0).to(tl.int64)", "to = tl.maximum(entry - 1, 0).to(tl.int64)"),
     "router gradient without the bias": ("tl.where(n == 0, bias_part, 0.0)", "tl.where(n == 0, 0 * bias_part, 0.0)"),
     "router weight missing in dz": ("        da *= weight[:, None]\n", ""),
@@ -315,10 +317,11 @@ def test_every_mutant_is_caught(device):
 
 
 MUTANTS_OF_HALVES = {
-    "right half from the left's columns": ("expert, columns + columns.shape[0], k, first", "expert, columns, k, first"),
+    "right half from the left's columns, packed": ("columns + HALF, columns + HALF < N_SIZE, first, K", "columns, columns + HALF < N_SIZE, first, K"),
+    "right half from the left's columns, fp8": ("w_first + HALF * stride_n + offset", "w_first + offset"),
     "right half stored on the left": ("a_right, rows, row_mask, first + HALF // 2, G", "a_right, rows, row_mask, first, G"),
     "scale of a group from one half": ("tl.maximum(tl.max(rounding.finite_size(left), 1), tl.max(rounding.finite_size(right), 1))", "tl.max(rounding.finite_size(left), 1)"),
-    "scale of the first tile of columns": ("+ column // 128 * scale_stride_n\n        scale = a_scale", "+ 0 * scale_stride_n\n        scale = a_scale"),
+    "scale of the first tile of columns": ("tl.load(scales_ptr + column // 128 * scale_stride_n,", "tl.load(scales_ptr + 0 * scale_stride_n,"),
     "wrong tail mask of the right half": ("columns[None, :] + 64 < WIDTH)", "columns[None, :] < WIDTH)"),
     "wrong nibble": ("tl.join(packed & 15, packed >> 4)", "tl.join(packed >> 4, packed & 15)"),
 }  # fmt: skip

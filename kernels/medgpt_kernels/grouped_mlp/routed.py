@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -290,7 +291,10 @@ def routed_mlp(
             x_TH, weights_TK, experts_of(index), gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, limit=limit,
             fp8=precision == "fp8", direct=direct,
         )  # fmt: skip
-    w1, w2 = (plain(gate_up_EHG), plain(down_EFH)) if precision == "bf16" else (to_fp8(gate_up_EHG), to_fp8(down_EFH))
+    if precision == "bf16":
+        w1, w2 = plain(gate_up_EHG), plain(down_EFH)
+    else:  # made in each pass and not kept in between: two bytes a weight of every layer would stay until its backward
+        w1, w2 = partial(to_fp8, gate_up_EHG), partial(to_fp8, down_EFH)
     return _RoutedMLP.apply(
         x_TH, weights_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, index, w1, w2, limit, direct
     )

@@ -89,21 +89,32 @@ def two_halves(
     One product after the other: what is held beside the running sums (the partial product of a group in fp8, decoded
     weights in mxfp4) is half of what one product of both widths holds, and the sums stay in registers.
     """
-    left = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
-    right = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
+    HALF: tl.constexpr = columns.shape[0]
+    left = tl.zeros((a_rows.shape[0], HALF), tl.float32)
+    right = tl.zeros((a_rows.shape[0], HALF), tl.float32)
+    w_ptr += expert.to(tl.int64) * K_SIZE * N_SIZE // (2 if KIND == "mxfp4" else 1)
+    # One expert's matrix is addressed in 32 bits, and both halves by the same offsets: pointers cost registers.
+    offset = tl.arange(0, BLOCK_K)[:, None] * stride_k + columns[None, :] * stride_n
     for first in range(0, K_SIZE, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)
         a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)
-        a_scale = load_row_scale(a_scales_ptr, a_rows, row_mask, first, K_SIZE, KIND)
-        left = add_product(
-            left, a, a_scale, w_ptr, w_scales_ptr, expert, columns, k, first, K_SIZE, N_SIZE,
-            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
-        )  # fmt: skip
-        right = add_product(
-            right, a, a_scale, w_ptr, w_scales_ptr, expert, columns + columns.shape[0], k, first, K_SIZE, N_SIZE,
-            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
-        )  # fmt: skip
+        if KIND == "mxfp4":
+            scales = w_scales_ptr + expert.to(tl.int64) * N_SIZE * (K_SIZE // 32)
+            w = load_packed(w_ptr, scales, columns, columns < N_SIZE, first, K_SIZE, BLOCK_K, DTYPE)
+            left = rounding.product(a, tl.trans(w), left)
+            w = load_packed(w_ptr, scales, columns + HALF, columns + HALF < N_SIZE, first, K_SIZE, BLOCK_K, DTYPE)
+            right = rounding.product(a, tl.trans(w), right)
+        else:
+            a_scale = load_row_scale(a_scales_ptr, a_rows, row_mask, first, K_SIZE, KIND)
+            scales = w_scales_ptr + expert.to(tl.int64) * scale_stride_e + first // 128 * scale_stride_k
+            w_first = w_ptr + first * stride_k
+            k_mask = k[:, None] < K_SIZE
+            left = add_fp8_product(left, a, a_scale, w_first + offset, k_mask, scales, columns, N_SIZE, scale_stride_n)
+            right = add_fp8_product(
+                right, a, a_scale, w_first + HALF * stride_n + offset, k_mask, scales, columns + HALF, N_SIZE,
+                scale_stride_n,
+            )  # fmt: skip
     return left, right
 
 
@@ -117,25 +128,12 @@ def load_row_scale(scales_ptr, rows, row_mask, first, WIDTH, KIND: tl.constexpr)
 
 
 @triton.jit
-def add_product(
-    acc, a, a_scale, w_ptr, w_scales_ptr, expert, columns, k, first, K_SIZE, N_SIZE,
-    stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e,
-    KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``acc`` and the product with one block of k of weights in fp8 or mxfp4. Columns of fp8 lie in one tile of 128."""
-    wide_expert = expert.to(tl.int64)
-    column_mask = columns < N_SIZE
-    if KIND == "mxfp4":
-        rows = wide_expert * N_SIZE + columns
-        w = load_packed(w_ptr, w_scales_ptr, rows, column_mask, first, K_SIZE, BLOCK_K, DTYPE)
-        return rounding.product(a, tl.trans(w), acc)
-    else:
-        place = wide_expert * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * stride_k + columns[None, :] * stride_n
-        w = tl.load(w_ptr + place, mask=(k[:, None] < K_SIZE) & column_mask[None, :], other=0)
-        column = tl.min(columns, 0)
-        tile = wide_expert * scale_stride_e + first // 128 * scale_stride_k + column // 128 * scale_stride_n
-        scale = a_scale * tl.load(w_scales_ptr + tile, mask=column < N_SIZE, other=0.0)
-        return acc + rounding.product_e4m3(a, w) * scale[:, None]
+def add_fp8_product(acc, a, a_scale, w_place, k_mask, scales_ptr, columns, N_SIZE, scale_stride_n):
+    """``acc`` and the product with one block of k of FP8 weights; the columns lie in one tile of 128."""
+    w = tl.load(w_place, mask=k_mask & (columns[None, :] < N_SIZE), other=0)
+    column = tl.min(columns, 0)
+    scale = a_scale * tl.load(scales_ptr + column // 128 * scale_stride_n, mask=column < N_SIZE, other=0.0)
+    return acc + rounding.product_e4m3(a, w) * scale[:, None]
 
 
 @triton.jit
@@ -228,7 +226,7 @@ def store_rows(ptr, x, rows, row_mask, first, WIDTH, SIZE: tl.constexpr, DTYPE: 
 
 @triton.jit
 def store_fp8_halves(codes_ptr, scales_ptr, left, right, rows, row_mask, first, WIDTH):
-    """Store 128 columns from ``first`` on as FP8, given in halves; they must be 0 beyond WIDTH."""
+    """Store 128 columns from ``first`` < WIDTH on as FP8, given in halves; they must be 0 beyond WIDTH."""
     largest = tl.maximum(tl.max(rounding.finite_size(left), 1), tl.max(rounding.finite_size(right), 1))
     exponent = rounding.e4m3_exponent(largest)
     inverse = rounding.power_of_two(-exponent)[:, None]
@@ -239,7 +237,7 @@ def store_fp8_halves(codes_ptr, scales_ptr, left, right, rows, row_mask, first, 
     mask = row_mask[:, None] & (columns[None, :] + 64 < WIDTH)
     tl.store(place + 64, rounding.to_e4m3(right * inverse), mask=mask)
     scale_place = scales_ptr + rows * ((WIDTH + 127) // 128) + first // 128
-    tl.store(scale_place, rounding.power_of_two(exponent), mask=row_mask & (first < WIDTH))
+    tl.store(scale_place, rounding.power_of_two(exponent), mask=row_mask)
 
 
 @triton.jit

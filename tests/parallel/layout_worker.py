@@ -24,6 +24,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from written import written
 
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel import groups
@@ -185,12 +186,13 @@ def mutate(mutation: str, trainer: Trainer) -> None:
 
 def run_gradients(case: Case, folder: Path) -> dict:
     trainer = Trainer(case, folder, dtype=torch.float64, distributed_optimizer=False)
+    tokens = written(trainer.ddp, trainer.groups) if case.mutation == "none" else None
     real = FINALIZE._allreduce_non_tensor_model_parallel_grads
     mutate(case.mutation, trainer)
     loss = trainer.gradients()
     FINALIZE._allreduce_non_tensor_model_parallel_grads = real
     state = trainer.sharded_state()
-    found = {"loss": loss, "load": trainer.loads()}
+    found = {"loss": loss, "load": trainer.loads(), "written": tokens}
     found["gradients"] = whole(state, {id(p): p.main_grad for c in trainer.chunks for p in c.parameters()})
     _, found["grad_norm"], _ = trainer.optimizer.step()
     groups.destroy_groups()

@@ -45,6 +45,14 @@ def test_every_token_goes_to_the_same_experts(found, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_every_written_token_is_that_of_one_process(found, name):
+    one = found["one process"]["written"]
+    assert len({token for tokens in one for token in tokens}) > 10
+    assert len({len(tokens) for tokens in one}) > 2
+    assert found[name]["written"] == one
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_gradient_is_that_of_one_process(found, name):
     errors = errors_of(found[name]["gradients"], found["one process"]["gradients"])
     assert max(errors.values()) <= TOLERANCE, {key: error for key, error in errors.items() if error > TOLERANCE}

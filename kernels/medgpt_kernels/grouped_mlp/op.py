@@ -21,10 +21,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: tuple[int, ...], direct: bool):
         ctx.save_for_backward(rows_MI, weight_EIO, bias_EO)
         ctx.counts, ctx.direct = counts, direct
-        out_MO = rows_MI.new_empty((rows_MI.shape[0], weight_EIO.shape[2]))
-        for expert, first, end in runs(counts):
-            torch.addmm(bias_EO[expert], rows_MI[first:end], weight_EIO[expert], out=out_MO[first:end])
-        return out_MO
+        return _products(rows_MI, weight_EIO, bias_EO, counts)
 
     @staticmethod
     def backward(ctx, grad_MO: Tensor):
@@ -45,10 +42,19 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, weight and weight.finish(), bias and bias.finish(), None, None
 
 
+def _products(rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequence[int]) -> Tensor:
+    out_MO = rows_MI.new_empty((rows_MI.shape[0], weight_EIO.shape[2]))
+    for expert, first, end in runs(counts):
+        torch.addmm(bias_EO[expert], rows_MI[first:end], weight_EIO[expert], out=out_MO[first:end])
+    return out_MO
+
+
 def grouped_linear(
     rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequence[int], *, direct: bool = False
 ) -> Tensor:
     """Each run of rows times its expert's weight plus its bias: (M, I) to (M, O)."""
+    if not torch.is_grad_enabled():
+        return _products(rows_MI, weight_EIO, bias_EO, counts)
     return _GroupedLinear.apply(rows_MI, weight_EIO, bias_EO, tuple(counts), direct)
 
 

@@ -37,7 +37,9 @@ def export(tmp_path_factory):
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=ours.image_mark_id)
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=ours.image_mark_id, image_seq_length=4
+    )  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = CLIPImageProcessor(size={"height": 28, "width": 28}, crop_size={"height": 28, "width": 28})

@@ -347,7 +347,8 @@ def hf_to_megatron(
     projector: Annotated[Path | None, typer.Option(help="Folder of a projector; random when not given.")] = None,
     dtype: Annotated[str, typer.Option(help="same, bf16 or fp32.")] = "same",
     keep_packed: Annotated[bool, typer.Option(help="Keep MXFP4 experts packed (frozen stages).")] = False,
-    pixel_shuffle: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    pixel_shuffle: Annotated[int, typer.Option(help="Of a new projector: 1 or 2.")] = 1,
+    projector_norm: Annotated[bool, typer.Option(help="A new projector gets a norm in front.")] = False,
     image_size_px: Annotated[int | None, typer.Option(help="Resolution, where not the encoder's own.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
@@ -366,6 +367,7 @@ def hf_to_megatron(
         dtype=dtype,
         keep_packed=keep_packed,
         pixel_shuffle=pixel_shuffle,
+        projector_norm=projector_norm,
         image_size_px=image_size_px,
         dry_run=dry_run,
     )

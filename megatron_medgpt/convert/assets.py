@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def write_assets(
     """
     card = {"dtype": dtype, "evaluation": evaluation, "facts": facts, "quantisation": quantisation}
     if part == "projector":
-        _write_json(folder / "config.json", {"model_type": "medgpt_projector", "projector_hidden_act": "gelu"})
+        alone = {"model_type": "medgpt_projector", "projector_hidden_act": "gelu", **asdict(config.projector)}
+        _write_json(folder / "config.json", alone)
         write_card(folder, config, part=part, **card)
         return
     source = _tokenizer_folder(tokenizer, checkpoint)

@@ -17,8 +17,8 @@ from megatron_medgpt.convert.verify import verify as verify_folder
 def hf_to_megatron(
     language: Path, out: Path, *, vision: Path | None = None, new_vision: str | None = None,
     projector: Path | None = None, dtype: str = "same", feature_layer: int | None = None,
-    image_size_px: int | None = None, pixel_shuffle: int = 1, keep_packed: bool = False, seed: int = 1234,
-    dry_run: bool = False, num_threads: int = 2,
+    image_size_px: int | None = None, pixel_shuffle: int = 1, projector_norm: bool = False, keep_packed: bool = False,
+    seed: int = 1234, dry_run: bool = False, num_threads: int = 2,
 ) -> int:  # fmt: skip
     """Published weights to a checkpoint. See ``hf_to_megatron.plan_import`` for the options.
 
@@ -27,7 +27,8 @@ def hf_to_megatron(
     """
     plan = plan_import(
         language, vision=vision, new_vision=new_vision, projector=projector, dtype=dtype, feature_layer=feature_layer,
-        image_size_px=image_size_px, pixel_shuffle=pixel_shuffle, keep_packed=keep_packed, seed=seed,
+        image_size_px=image_size_px, pixel_shuffle=pixel_shuffle, projector_norm=projector_norm,
+        keep_packed=keep_packed, seed=seed,
     )  # fmt: skip
     print(plan.describe())
     if dry_run:

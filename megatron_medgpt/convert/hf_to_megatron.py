@@ -82,7 +82,8 @@ class ImportPlan:
 def plan_import(
     language: Path | str, *, vision: Path | str | None = None, new_vision: str | None = None,
     projector: Path | str | None = None, dtype: str = "same", feature_layer: int | None = None,
-    image_size_px: int | None = None, pixel_shuffle: int = 1, keep_packed: bool = False, seed: int = 1234,
+    image_size_px: int | None = None, pixel_shuffle: int = 1, projector_norm: bool = False, keep_packed: bool = False,
+    seed: int = 1234,
 ) -> ImportPlan:  # fmt: skip
     """Open the folders, pair every tensor, and refuse what is missing or left over.
 
@@ -95,7 +96,7 @@ def plan_import(
         dtype: ``same`` keeps each tensor's own (MXFP4 becomes bfloat16), or cast everything to ``bf16`` or ``fp32``.
         feature_layer: of the encoder; -2 for CLIP and -1 for SigLIP when not given.
         image_size_px: the encoder is to be run at; its own when not given.
-        pixel_shuffle: of a new projector.
+        pixel_shuffle, projector_norm: of a new projector.
         keep_packed: leave MXFP4 experts packed in the checkpoint.
 
     Raises:
@@ -111,9 +112,11 @@ def plan_import(
     tower = opened if whole else _tower(vision, new_vision)
     vision_config = tower.vision_config if tower else VISION[str(new_vision)]
     vision_config = _adjusted(vision_config, feature_layer if not whole else None, image_size_px)
-    config = ModelConfig(
-        language=opened.language_config, vision=vision_config, projector=ProjectorConfig(pixel_shuffle=pixel_shuffle)
+    given = open_published(Path(projector)) if projector is not None else opened if whole else None
+    shape = (
+        ProjectorConfig(pixel_shuffle=pixel_shuffle, norm=projector_norm) if given is None else given.projector_config
     )
+    config = ModelConfig(language=opened.language_config, vision=vision_config, projector=shape)
     unpacked = DTYPES[dtype] or torch.bfloat16
     language_table = opened.language_table(config.language, unpacked)
     if keep_packed:
@@ -126,7 +129,6 @@ def plan_import(
     head = next(row for row in language_table.rows if row.ours == "language.output_layer.weight")
     made = DTYPES[dtype] or opened.language.spec(head.published[0]).dtype  # of what is new
     pieces.append(_vision_piece(tower, config.vision, new_vision, seed, made, unused))
-    given = open_published(Path(projector)) if projector is not None else opened if whole else None
     pieces.append(_projector_piece(given, config, seed, made))
     specs: dict[str, TensorSpec] = {}
     for piece in pieces:
@@ -223,7 +225,7 @@ def _projector_piece(given: Published | None, config: ModelConfig, seed: int, dt
         return _new_piece("projector.", dict(made.named_parameters()), f"new, random weights, seed {seed + 1}")
     if given.projector is None:
         raise UsageError(f"--projector {given.folder} is a {given.kind} model; it holds no projector")
-    table = projector_table()
+    table = projector_table(norm=given.projector_config.norm)
     table.check_published(given.projector.names, str(given.folder))
     return _Piece(table.rows, given.projector, str(given.folder))
 

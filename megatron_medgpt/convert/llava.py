@@ -34,10 +34,17 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def projector_table() -> Table:
-    """Rows of the projector alone."""
-    leaves = [f"linear_{number}.{leaf}" for number in (1, 2) for leaf in ("weight", "bias")]
-    return Table(tuple(Row(f"projector.{leaf}", (f"multi_modal_projector.{leaf}",)) for leaf in leaves))
+def projector_table(*, norm: bool = False) -> Table:
+    """Rows of the projector alone; the optional norm in front has InternVL's name."""
+    modules = {"norm": "layer_norm"} if norm else {}
+    modules |= {"linear_1": "linear_1", "linear_2": "linear_2"}
+    return Table(
+        tuple(
+            Row(f"projector.{ours}.{leaf}", (f"multi_modal_projector.{theirs}.{leaf}",))
+            for ours, theirs in modules.items()
+            for leaf in ("weight", "bias")
+        )
+    )
 
 
 def llava_table(config: ModelConfig, *, experts: Experts = "plain", rule: ScaleRule = "up") -> Table:
@@ -117,9 +124,21 @@ def published_vision_config(vision: VisionConfig) -> CLIPVisionConfig | SiglipVi
 
 
 def _require_llava_projector(config: ModelConfig) -> None:
+    """Refuse every other projector: transformers 5.23 has no class for them that a ``config.json`` alone builds.
+
+    InternVL's class has the norm and the shuffle but always builds its own tower: with a class token, which SigLIP
+    lacks, and without a norm before the first layer, which CLIP has. LFM2-VL's shuffles, with or without a norm, but
+    takes the features behind SigLIP's post-norm. Aya's and Cohere's gate; Idefics' and Mistral's have other layers.
+    """
     projector = config.projector
-    if projector.pixel_shuffle != 1 or projector.hidden_size not in (None, config.language.hidden_size):
+    if projector.pixel_shuffle != 1 or projector.norm:
         raise UsageError(
-            f"model.projector has pixel_shuffle={projector.pixel_shuffle} and hidden_size={projector.hidden_size}; "
-            f"LLaVA's layout knows only pixel_shuffle=1 and hidden_size={config.language.hidden_size} (or not given)"
+            f"model.projector has pixel_shuffle={projector.pixel_shuffle} and norm={projector.norm}, which no class of "
+            "transformers computes with a CLIP or SigLIP tower; train with pixel_shuffle=1 and norm=False, or export "
+            "in parts (--part language, --part projector)"
+        )
+    if projector.hidden_size not in (None, config.language.hidden_size):
+        raise UsageError(
+            f"model.projector has hidden_size={projector.hidden_size}; LLaVA's layout knows only "
+            f"{config.language.hidden_size}, the language model's (or not given)"
         )

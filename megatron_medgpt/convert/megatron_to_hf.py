@@ -172,7 +172,7 @@ def export_table(config: ModelConfig, part: WhatPart, dtype: Dtype, rule: ScaleR
     if part == "language":
         return gpt_oss_table(language, "language.", experts=experts, rule=rule)
     if part == "projector":
-        return projector_table()
+        return projector_table(norm=config.projector.norm)
     table = llava_table(config, experts=experts, rule=rule)
     vision = config.vision
     if vision.image_size_px == vision.pretrained_size_px:

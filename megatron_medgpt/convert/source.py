@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.config.schema import LanguageConfig, VisionConfig
+from megatron_medgpt.config.load import build
+from megatron_medgpt.config.schema import LanguageConfig, ProjectorConfig, VisionConfig
 from megatron_medgpt.convert.configuration import (
     language_from_original,
     language_from_published,
@@ -52,6 +53,7 @@ class Published:
     vision: Source | None = None
     vision_config: VisionConfig | None = None
     projector: Source | None = None
+    projector_config: ProjectorConfig = field(default_factory=ProjectorConfig)
     others: tuple[str, ...] = ()
     """Tensors that belong to none of the three."""
 
@@ -93,7 +95,9 @@ def open_published(folder: Path) -> Published:
     if kind in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
         return _open_tower(folder, kind, values, files)
     if kind == "medgpt_projector":
-        return Published(folder, kind, values, projector=files)
+        shape = {name: values[name] for name in ("pixel_shuffle", "norm", "hidden_size") if name in values}
+        config = build(ProjectorConfig, shape, f"{folder}/config.json")
+        return Published(folder, kind, values, projector=files, projector_config=config)
     raise UsageError(
         f"{folder}: config.json has model_type={kind!r}; readable are gpt_oss, OpenAI's own files, llava, internvl, "
         "clip and siglip"

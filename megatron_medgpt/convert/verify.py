@@ -125,6 +125,9 @@ def _compare_configuration(config: ModelConfig, published: Published, report: Ve
         for name in ("num_layers", "image_size_px"):
             if getattr(ours, name) != getattr(theirs, name):
                 report.configuration.append(f"vision.{name}: {getattr(ours, name)} and {getattr(theirs, name)}")
+    if published.projector is not None:
+        # Its width is checked by the tensors' shapes.
+        pairs.append(("projector", replace(config.projector, hidden_size=None), published.projector_config))
     for section, ours, theirs in pairs:
         if theirs is None:
             continue
@@ -155,7 +158,7 @@ def _tables(
             unused += table.check_published(folder.vision.names, str(folder.folder))
             found.append((table, folder.vision))
     if published.projector is not None:
-        table = projector_table()
+        table = projector_table(norm=published.projector_config.norm)
         unused += table.check_published(published.projector.names, str(published.folder))
         found.append((table, published.projector))
     if not found:

@@ -17,7 +17,7 @@ import torch
 
 from megatron_medgpt.checkpoint.load import verify as verify_checkpoint
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.config.schema import ParallelConfig
+from megatron_medgpt.config.schema import ParallelConfig, ProjectorConfig
 from megatron_medgpt.convert import command
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
 from megatron_medgpt.convert.logits import run_ranks
@@ -141,6 +141,22 @@ def _halve_where_exact(folder: Path, blocks_name: str) -> None:
     blocks[able], scales[able] = packed[able], scales[able] + 1
     (folder / "model.safetensors").unlink()
     write_folder(folder, tensors, read_json(folder / "config.json"))
+
+
+def test_a_projector_with_pixel_shuffle_and_norm_travels_alone_and_is_refused_as_a_part_of_a_llava(tokenizer, tmp_path):
+    config = replace(CLIP, projector=ProjectorConfig(pixel_shuffle=2, norm=True))
+    weights = random_weights(config)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, weights)
+    with pytest.raises(UsageError, match="pixel_shuffle=2 and norm=True"):
+        export_hf(checkpoint, tmp_path / "hf", tokenizer=tokenizer)
+    export_hf(checkpoint, tmp_path / "projector", dtype="fp32", part="projector")
+    plan = plan_import(
+        write_gpt_oss(tmp_path / "language", CLIP, weights),
+        vision=write_tower(tmp_path / "tower", CLIP, weights),
+        projector=tmp_path / "projector",
+    )
+    assert plan.config.projector == config.projector
+    assert _equal(_stored(import_hf(plan, tmp_path / "out")), weights)
 
 
 def test_the_projector_travels_alone(checkpoint, tmp_path):

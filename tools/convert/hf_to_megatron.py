@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--feature-layer", type=int)
     parser.add_argument("--image-size-px", type=int)
     parser.add_argument("--pixel-shuffle", type=int, default=1)
+    parser.add_argument("--projector-norm", action="store_true", help="a new projector gets a norm in front")
     parser.add_argument("--keep-packed", action="store_true", help="leave MXFP4 experts packed")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")

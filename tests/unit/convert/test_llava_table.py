@@ -97,7 +97,9 @@ def test_every_spelling_becomes_the_canonical_name(spelling, canonical):
     assert canonical_name(spelling) == canonical
 
 
-@pytest.mark.parametrize("projector", [ProjectorConfig(pixel_shuffle=2), ProjectorConfig(hidden_size=96)])
+@pytest.mark.parametrize(
+    "projector", [ProjectorConfig(pixel_shuffle=2), ProjectorConfig(norm=True), ProjectorConfig(hidden_size=96)]
+)
 def test_a_projector_that_llava_does_not_have_is_refused(projector):
     config = ModelConfig(language=LANGUAGE, vision=TINY_CLIP, projector=projector)
     with pytest.raises(UsageError, match=r"model\.projector"):

@@ -223,7 +223,7 @@ def test_a_chain_goes_from_captions_to_a_score(cluster, tmp_path):
         {"job": "train", "run": str(example / "run.yaml"), "out": "run",
          "overrides": [f"tokenizer={work / 'tokenizer'}", "stages.align.data.0.path=captions",
                        "checkpoint.start_from=start", "stages.align.num_steps=4"]},
-        {"job": "evaluate", "arguments": ["phantoms", "--data", str(work / "phantoms"), "--checkpoint",
+        {"job": "evaluate", "arguments": ["phantoms", "--data", str(work / "phantoms/test"), "--checkpoint",
                                           "run", "--out", "score.json", "--limit",
                                           "8", "--no-controls"]},
     ]  # fmt: skip

@@ -71,10 +71,10 @@ slurm-test: setup
 twins: setup
 	@MEDGPT_TWINS=all $(BIN)/python -m pytest tests/flow/test_cluster_recipes.py -rP
 
-# The image's locks with hashes, for both lines of megatron-core.
-lock: setup setup-newest
-	@$(BIN)/python tools/image/lock.py --pip-args "$(PIP_ARGS)"
-	@$(VENV_NEWEST)/bin/python tools/image/lock.py --pip-args "$(PIP_ARGS)"
+# The image's locks with hashes, for both lines of megatron-core; no more than their Pythons and pip are needed.
+lock:
+	@$(PYTHON) tools/image/lock.py --pip-args "$(PIP_ARGS)"
+	@$(PYTHON_NEWEST) tools/image/lock.py --pip-args "$(PIP_ARGS)"
 
 # The container on a stand-in base (Debian: apt install buildah debootstrap, as root).
 image-test:

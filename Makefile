@@ -18,7 +18,7 @@ PYTEST ?= -m pytest -n 2 --dist loadgroup
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test convert-bench
+.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test convert-bench twins lock
 
 setup: $(VENV)/ready
 
@@ -59,11 +59,22 @@ setup-newest:
 # The other line of megatron-core: what touches the engine. Slurm and network namespaces do not.
 test-newest: setup-newest
 	@$(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/parallel tests/parity tests/flow \
-	  --ignore tests/flow/test_slurm.py --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py
+	  --ignore tests/flow/test_slurm.py --ignore tests/flow/test_slurm_bad_nodes.py \
+	  --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py
 
 # A real two-node Slurm on this host (Debian: apt install slurm-wlm munge, as root), and two hosts in network namespaces.
 slurm-test: setup
-	@MEDGPT_SLURM=all $(BIN)/python -m pytest tests/flow/test_slurm.py tests/flow/test_two_hosts.py tests/flow/test_slurm_launchers.py
+	@MEDGPT_SLURM=all $(BIN)/python -m pytest tests/flow/test_slurm.py tests/flow/test_slurm_bad_nodes.py \
+	  tests/flow/test_two_hosts.py tests/flow/test_slurm_launchers.py
+
+# A tiny twin of every cluster recipe, both stages, in its layout as far as four ranks carry it (CI trains two).
+twins: setup
+	@MEDGPT_TWINS=all $(BIN)/python -m pytest tests/flow/test_cluster_recipes.py -rP
+
+# The image's locks with hashes, for both lines of megatron-core; no more than their Pythons and pip are needed.
+lock:
+	@$(PYTHON) tools/image/lock.py --pip-args "$(PIP_ARGS)"
+	@$(PYTHON_NEWEST) tools/image/lock.py --pip-args "$(PIP_ARGS)"
 
 # The container on a stand-in base (Debian: apt install buildah debootstrap, as root).
 image-test:

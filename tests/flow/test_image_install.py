@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,10 +54,23 @@ def test_every_line_of_a_lock_has_a_hash_and_torch_is_left_to_the_base(lock):
     assert not names & {"torch", "triton"}
 
 
-def test_the_bill_of_materials_lists_every_distribution():
+@pytest.mark.parametrize("lock", sorted(p.name for p in (ROOT / "tools/image").glob("requirements-*.lock")))
+def test_a_lock_holds_every_dependency_of_setup_py(lock):
+    lines = (ROOT / "tools/image" / lock).read_text().splitlines()
+    names = {install.name_of(line).lower() for line in lines if not line.startswith("#")}
+    missing = {install.name_of(requirement).lower() for requirement in install.wanted()} - names - {"torch"}
+    assert not missing, "run: make lock"
+
+
+def test_the_bill_of_materials_lists_every_distribution_and_system_package_once():
     bill = install.bill_of_materials()
-    assert {"torch", "megatron-core"} <= {c["name"] for c in bill["components"]}
-    assert all(c["version"] and c["purl"].startswith("pkg:pypi/") for c in bill["components"])
+    components = bill["components"]
+    assert {"torch", "megatron-core"} <= {c["name"] for c in components if c["purl"].startswith("pkg:pypi/")}
+    if shutil.which("dpkg-query"):
+        assert any(c["purl"].startswith("pkg:deb/") and c["name"] == "libc6" for c in components)
+    assert all(c["version"] and c["purl"].startswith(("pkg:pypi/", "pkg:deb/")) for c in components)
+    references = [c["bom-ref"] for c in components]
+    assert len(set(references)) == len(references), "CycloneDX wants them unique"
 
 
 def test_data_runs_and_environments_do_not_enter_the_image():

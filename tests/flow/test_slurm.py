@@ -201,7 +201,7 @@ def test_a_job_that_gets_nowhere_is_requeued_as_often_as_allowed_and_no_more(clu
 
 @slow
 def test_a_chain_goes_from_captions_to_a_score(cluster, tmp_path):
-    """ingest.sbatch, merge.sbatch, convert.sbatch, train.sbatch and evaluate.sbatch, one after the other."""
+    """ingest.sbatch, merge.sbatch, convert.sbatch, train.sbatch and evaluate.sbatch, with paths below the workspace."""
     example, work = ROOT / "examples/02_import_train_export", tmp_path / "data"
     for command in (
         ["-m", "megatron_medgpt.cli", "phantoms", "--out", str(work / "phantoms"), "--images", "24",
@@ -219,12 +219,12 @@ def test_a_chain_goes_from_captions_to_a_score(cluster, tmp_path):
         {"job": "ingest", "inputs": [str(work / "phantoms/train/captions.jsonl")], "out": "captions",
          "tokenizer": str(work / "tokenizer"), "key_file": str(tmp_path / "key")},
         {"job": "convert", "arguments": ["hf-to-megatron", "--language", str(work / "published/language"), "--vision",
-                                         str(work / "published/vision"), "--out", str(workspace / "start")]},
+                                         str(work / "published/vision"), "--out", "start"]},
         {"job": "train", "run": str(example / "run.yaml"), "out": "run",
-         "overrides": [f"tokenizer={work / 'tokenizer'}", f"stages.align.data.0.path={workspace / 'captions'}",
-                       f"checkpoint.start_from={workspace / 'start'}", "stages.align.num_steps=4"]},
-        {"job": "evaluate", "arguments": ["phantoms", "--data", str(work / "phantoms"), "--checkpoint",
-                                          str(workspace / "run"), "--out", str(workspace / "score.json"), "--limit",
+         "overrides": [f"tokenizer={work / 'tokenizer'}", "stages.align.data.0.path=captions",
+                       "checkpoint.start_from=start", "stages.align.num_steps=4"]},
+        {"job": "evaluate", "arguments": ["phantoms", "--data", str(work / "phantoms/test"), "--checkpoint",
+                                          "run", "--out", "score.json", "--limit",
                                           "8", "--no-controls"]},
     ]  # fmt: skip
     jobs = submit(cluster, workspace, "chain", chain=chain)

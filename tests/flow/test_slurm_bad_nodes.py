@@ -134,3 +134,12 @@ def test_a_node_whose_check_hangs_is_named_within_the_deadline(cluster, run_file
     (job,) = submit(cluster, tmp_path / "w", preflight_seconds=20, train={"run": str(run_file), "out": "run"})
     (line,) = lines(refused(job), "preflight:")
     assert line.startswith("preflight: node n2: no answer")
+
+
+@slow
+def test_a_link_that_is_too_slow_is_named_with_both_ends(cluster, run_file, tmp_path):
+    """No network reaches a terabyte per second here."""
+    train = {"run": str(run_file), "out": "run"}
+    (job,) = submit(cluster, tmp_path / "w", min_bandwidth_gb_s=1000, train=train)
+    *_, line = lines(refused(job, 240), "preflight:")
+    assert line.startswith("preflight: nodes n1 and n2: ") and line.endswith(" GB/s between them, 1000 expected")

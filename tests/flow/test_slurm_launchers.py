@@ -23,7 +23,7 @@ import submit  # noqa: E402
 
 def ended(out: Path, status: str, step: int = -1, **fields) -> tuple[int, str]:
     """One attempt that left this marker and this newest checkpoint."""
-    attempt.begin(out)
+    attempt.begin(out, max_restarts=3)
     if step >= 0:
         (out / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
     (out / "state.json").write_text(json.dumps({"status": status, **fields}))
@@ -43,13 +43,33 @@ def test_a_run_that_says_it_failed_is_given_up_with_its_reason(tmp_path):
 
 def test_a_run_that_never_began_is_given_up_though_an_earlier_attempt_had_stopped(tmp_path):
     ended(tmp_path, "stopped", 10)
-    attempt.begin(tmp_path)  # and then nothing
+    attempt.begin(tmp_path, max_restarts=3)  # and then nothing
     assert attempt.decide(tmp_path, max_restarts=3)[0] == attempt.GIVE_UP
 
 
 def test_nothing_is_requeued_for_ever(tmp_path):
     codes = [ended(tmp_path, "running", 10)[0] for _ in range(4)]
     assert codes == [attempt.REQUEUE, attempt.REQUEUE, attempt.REQUEUE, attempt.GIVE_UP]
+
+
+def test_restarts_that_slurm_made_by_itself_are_counted_too(tmp_path):
+    """The script of the attempt was ended with its node, so it decided nothing."""
+    answers = [attempt.begin(tmp_path, 3, job="7") for _ in range(4)]
+    assert [code for code, _ in answers] == [attempt.DONE] * 3 + [attempt.GIVE_UP]
+    assert "3 restarts in a row without a checkpoint" in answers[-1][1]
+    assert attempt.begin(tmp_path, 3, job="8")[0] == attempt.DONE, "sent anew"
+
+
+def test_a_job_that_may_not_be_requeued_starts_all_the_same(tmp_path):
+    assert attempt.begin(tmp_path, 0, job="7")[0] == attempt.DONE
+    (tmp_path / "state.json").write_text('{"status": "stopped"}')
+    assert attempt.decide(tmp_path, 0)[0] == attempt.GIVE_UP
+
+
+def test_a_checkpoint_starts_the_count_of_such_restarts_again(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        assert attempt.begin(tmp_path, 1, job="7")[0] == attempt.DONE
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
 def test_a_new_checkpoint_starts_the_count_again(tmp_path):

@@ -1,11 +1,12 @@
 """Decides by a run's marker whether a job that has ended is requeued. Standard library only: it runs on a bare node.
 
-    attempt.py begin --out RUN                       before the ranks start
+    attempt.py begin --out RUN --max-restarts K      before the ranks start; exit 0: start them, 1: give up
     attempt.py decide --out RUN --max-restarts K     after they have ended; exit 0: done, 10: requeue, 1: give up
 
 A run is requeued when it was stopped (a signal ahead of the time limit or a preemption) or when its ranks are gone
 without a word (a killed process, a lost node). It is given up when it says that it failed, when it never began, or
-after K restarts in a row that brought no new checkpoint.
+after K restarts in a row that brought no new checkpoint. When a node is lost Slurm may end this job's script too and
+requeue it by itself; such a restart is counted when the next attempt begins.
 """
 
 from __future__ import annotations
@@ -35,14 +36,27 @@ def newest_step(out: Path) -> int:
     return max((int(f.name[5:]) for f in folders if f.name[5:].isdigit()), default=-1)
 
 
-def begin(out: Path) -> None:
-    """Note where the run stands, and that this attempt has not trained yet."""
+def begin(out: Path, max_restarts: int, job: str = "") -> tuple[int, str]:
+    """Note where the run stands, and that this attempt has not trained yet.
+
+    Args:
+        job: Slurm's number of the job, the same in every attempt of it.
+
+    Returns:
+        Whether to start, and why not.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    history = _history(out)
-    history.setdefault("step", newest_step(out))
-    history.setdefault("restarts_without_progress", 0)
-    _write(out / "attempts.json", history)
+    history, step = _history(out), newest_step(out)
+    if history.get("job") != job:  # somebody has sent it anew
+        history = {"job": job, "step": step, "restarts_without_progress": 0}
+    elif history.get("undecided"):
+        _count(history, step)
+    _write(out / "attempts.json", {**history, "undecided": True})
+    restarts = history["restarts_without_progress"]
+    if restarts and restarts >= max_restarts:
+        return GIVE_UP, f"given up: {restarts} restarts in a row without a checkpoint after step {step}"
     _write(out / "state.json", {"status": STARTING})
+    return DONE, ""
 
 
 def decide(out: Path, max_restarts: int) -> tuple[int, str]:
@@ -55,12 +69,20 @@ def decide(out: Path, max_restarts: int) -> tuple[int, str]:
         return GIVE_UP, f"not requeued: the run failed: {state.get('reason', 'no reason given')}"
     if status == STARTING or status is None:
         return GIVE_UP, "not requeued: training never began; the lines above say why"
-    restarts = 0 if step > history.get("step", -1) else history.get("restarts_without_progress", 0) + 1
-    _write(out / "attempts.json", {"step": step, "restarts_without_progress": restarts})
+    _count(history, step)
+    _write(out / "attempts.json", {**history, "undecided": False})
+    restarts = history["restarts_without_progress"]
     if restarts >= max_restarts:
         return GIVE_UP, f"not requeued: {restarts} restarts in a row without a checkpoint after step {step}"
     what = "stopped" if status == "stopped" else "ended without a word"
     return REQUEUE, f"requeued: {what}; checkpoint of step {step}, {restarts} restart(s) without a new one"
+
+
+def _count(history: dict, step: int) -> None:
+    """One more restart, with or without a checkpoint since the last."""
+    progress = step > history.get("step", -1)
+    history["restarts_without_progress"] = 0 if progress else history.get("restarts_without_progress", 0) + 1
+    history["step"] = step
 
 
 def _history(out: Path) -> dict:
@@ -83,10 +105,11 @@ def main() -> int:
     parser.add_argument("--max-restarts", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.action == "begin":
-        begin(arguments.out)
-        return 0
-    code, reason = decide(arguments.out, arguments.max_restarts)
-    print(reason)
+        code, reason = begin(arguments.out, arguments.max_restarts, os.environ.get("SLURM_JOB_ID", ""))
+    else:
+        code, reason = decide(arguments.out, arguments.max_restarts)
+    if reason:
+        print(reason)
     return code
 
 

@@ -9,6 +9,7 @@
 : "${MIN_BANDWIDTH_GB_S:=0}" "${MIN_FREE_GB:=20}" "${NEEDS:=}" "${CODE:=$PWD}"
 : "${PREFLIGHT_SECONDS:=180}" "${MEET_SECONDS:=300}" "${PEER_SECONDS:=120}"
 
+cd "$WORKSPACE" || exit 2 # what runs and commands name by a relative path lies below it
 umask 077
 ulimit -c 0 # a core dump would hold pixels
 # shellcheck source=/dev/null
@@ -64,11 +65,11 @@ on_nodes() {
   case $RUNTIME in
     bare) ;;
     pyxis)
-      options+=(--container-image="$IMAGE" --no-container-mount-home --container-workdir="$CODE")
+      options+=(--container-image="$IMAGE" --no-container-mount-home --container-workdir="$WORKSPACE")
       [[ -z $MOUNTS ]] || options+=(--container-mounts="$MOUNTS")
       ;;
     apptainer)
-      container=(apptainer exec --pwd "$CODE")
+      container=(apptainer exec --pwd "$WORKSPACE")
       [[ $GPU == cpu ]] || container+=(--nv)
       [[ -z $MOUNTS ]] || container+=(--bind "$MOUNTS")
       container+=("$IMAGE")

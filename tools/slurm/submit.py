@@ -139,6 +139,8 @@ def _train(kind: str, name: str, entry: dict[str, Any], settings: dict[str, Any]
     run, out = _required(kind, entry, "run", "out")
     nodes = entry.get("nodes", settings["nodes"])
     ranks = settings["ranks_per_node"] or settings["gpus_per_node"] or 1
+    if Path(run).is_file():  # the job begins in the workspace, not here
+        run = str(Path(run).resolve())
     own = {"run": run, "out": _below(settings, out), "overrides": " ".join(entry.get("overrides", []))}
     tasks = ranks if settings["launch"] == "srun" else 1
     options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--signal=TERM@{settings['save_seconds']}"]

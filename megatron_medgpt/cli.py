@@ -119,6 +119,7 @@ def ingest(
     scaled_px: Annotated[
         int, typer.Option(help="Let JPEG and JPEG 2000 be decoded at 1/2, 1/4, 1/8 while this long a side remains.")
     ] = 0,
+    exclude: Annotated[Path | None, typer.Option(help="Sample ids to leave out (a leakage audit writes them).")] = None,
 ) -> None:
     """Turn medical images and texts into a validated, de-identified, sharded dataset.
 
@@ -153,6 +154,7 @@ def ingest(
         show_names=show_names,
         part=part,
         merge=merge,
+        exclude=exclude,
     )
 
 

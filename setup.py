@@ -36,6 +36,12 @@ EXTRAS = {
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     # Whole slides. LGPL-2.1 as a library of its own, loaded at run time.
     "slides": ["openslide-python", "openslide-bin"],
+    "leakage": ["ImageHash>=4.3"],  # perceptual hashes of the leakage audit
+    "reports": [  # BLEU and ROUGE of written reports, by the packages that published figures name
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
+    ],
+    "chat": ["gradio>=6"],  # the local page of `medgpt chat`; it still asks for Pillow below 13
     "te": ["transformer-engine[pytorch]"],
     "nvcc": ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"],  # compiles the .cu sources where no CUDA toolkit is installed
     "dev": [
@@ -44,6 +50,9 @@ EXTRAS = {
         "fsspec[http]",
         "urllib3",  # tools/data/fetch_pmc.py
         "tiktoken",  # what its files are checked against
+        "ImageHash",
+        "sacrebleu",
+        "rouge-score",
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none

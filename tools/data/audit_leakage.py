@@ -1,6 +1,7 @@
 """Has the training data seen the evaluation? Pictures by exact and perceptual hash, questions and answers by n-gram.
 
-    python tools/data/audit_leakage.py --train data/align data/instruct --eval omnimedvqa=OmniMedVQA --out runs/a/leakage
+    python tools/data/audit_leakage.py --train data/align data/instruct --eval omnimedvqa=OmniMedVQA \
+        --out runs/a/leakage
 
 Writes leakage.json (`medgpt report runs/a` shows it, with the pictures side by side and the accuracy without the
 questions concerned) and exclude.jsonl (`medgpt ingest ... --exclude runs/a/leakage/exclude.jsonl` leaves those samples

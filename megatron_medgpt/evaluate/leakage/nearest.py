@@ -8,7 +8,6 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
@@ -59,18 +58,16 @@ def _unique_pairs(wanted: np.ndarray, stored: np.ndarray, radius: int, threads: 
         bucket_of_wanted = _band(wanted, band)
         # Neighbours in this order ask for the same buckets, which are then still in the cache.
         queries = np.argsort(bucket_of_wanted, kind="stable")
-        arguments = (wanted, stored[order], order, starts, radius)
+        arguments = (queries, bucket_of_wanted[queries], wanted, stored[order], order, starts, radius)
         with ThreadPoolExecutor(threads) as pool:
-            pieces = pool.map(
-                lambda mask: list(_in_buckets(queries, bucket_of_wanted[queries] ^ mask, *arguments)), masks
-            )
-            found += [pair for piece in pieces for pair in piece]
-        if sum(map(len, found)) > MOST_PAIRS:
-            raise WorkError(f"more than {MOST_PAIRS:,} pairs differ in at most {radius} bits; lower --distance")
-    if not found:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
+            pieces = [pool.submit(_in_buckets, mask, *arguments) for mask in masks]
+            for piece in pieces:
+                found.append(piece.result())
+                if sum(map(len, found)) > MOST_PAIRS:
+                    pool.shutdown(cancel_futures=True)
+                    raise WorkError(f"more than {MOST_PAIRS:,} pairs differ in at most {radius} bits; lower --distance")
     keys = np.unique(np.concatenate(found))
-    return keys // len(stored), keys % len(stored)
+    return keys // max(len(stored), 1), keys % max(len(stored), 1)
 
 
 def _masks(radius: int) -> list[int]:
@@ -85,13 +82,16 @@ def _band(hashes: np.ndarray, band: int) -> np.ndarray:
 
 
 def _in_buckets(
-    queries: np.ndarray, buckets: np.ndarray, wanted: np.ndarray, stored: np.ndarray, order: np.ndarray,
+    mask: int, queries: np.ndarray, buckets: np.ndarray, wanted: np.ndarray, stored: np.ndarray, order: np.ndarray,
     starts: np.ndarray, radius: int,
-) -> Iterator[np.ndarray]:  # fmt: skip
+) -> np.ndarray:  # fmt: skip
     """Keys (place in wanted * number stored + place in stored) of the pairs within the radius.
 
-    ``stored`` is ordered by bucket, ``order`` gives its places, ``starts`` where each bucket begins.
+    ``stored`` is ordered by bucket, ``order`` gives its places, ``starts`` where each bucket begins; ``mask`` turns the
+    queries' own ``buckets`` into those that are looked into.
     """
+    buckets = buckets ^ mask
+    found: list[np.ndarray] = []
     low, counts = starts[buckets], starts[buckets + 1] - starts[buckets]
     ends = np.cumsum(counts)
     begin = 0
@@ -105,8 +105,9 @@ def _in_buckets(
         near = np.flatnonzero(np.bitwise_count(values ^ stored[places]) <= radius)
         if near.size:
             asked = np.repeat(np.arange(begin, end), some)[near]
-            yield queries[asked] * len(stored) + order[places[near]]
+            found.append(queries[asked] * len(stored) + order[places[near]])
         begin = end
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def _spread(
@@ -123,9 +124,7 @@ def _spread(
         ends = np.cumsum(counts)
         within = np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - counts, counts)
         members = order[np.repeat(starts[chosen], counts) + within]
-        first, second = (
-            (members, np.repeat(second, counts)) if place == 0 else (np.repeat(first, counts), members)
-        )
+        first, second = (members, np.repeat(second, counts)) if place == 0 else (np.repeat(first, counts), members)
     bits = np.bitwise_count(wanted[first] ^ stored[second]).astype(np.int64)
     order = np.lexsort((second, bits, first))
     return first[order], second[order], bits[order]

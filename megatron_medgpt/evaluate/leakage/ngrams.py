@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class TextIndex:
 
         ``turns`` are the sample's texts in order; a run may reach from a question into its answer.
         """
-        pairs = [f"{first} {second}" for first, second in zip(turns, turns[1:])]
+        pairs = [f"{first} {second}" for first, second in pairwise(turns)]
         wholes = [whole for text in (*turns, *pairs) if (whole := self._shingles.whole(text)) is not None]
         runs = np.unique(np.concatenate([self._shingles.of(" ".join(turns)), np.array(wholes, np.uint64)]))
         if not self._values.size or not runs.size:

@@ -151,7 +151,7 @@ def test_listed_samples_are_left_out_of_the_next_ingest_and_counted(study):
     again = run_audit([study / "clean"], [task], study / "leak2")
     assert again["pictures"] == {"exact": 0, "near": 0}
     assert (study / "leak2" / "exclude.jsonl").read_text() == ""
-    assert not Dataset(study / "clean").manifest.num_images == Dataset(study / "data").manifest.num_images
+    assert [Dataset(study / name).manifest.num_images for name in ("data", "clean")] == [12, 9]
 
 
 def test_blank_and_unreadable_pictures_match_nothing_and_are_counted(study):

@@ -33,7 +33,7 @@ def control_name(control: str) -> str:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The evaluation files of a folder in name order, those with controls first; other JSON files are left alone."""
     results = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -32,9 +32,13 @@ def write_events(
 
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:
+        seen: set[str] = set()
         for result in results:
+            tag = f"eval/{result['task']}/{result['protocol']}"
+            tag += f" ({Path(result['file']).stem})" if tag in seen else ""
+            seen.add(tag)
             for name, value in scalars(result).items():
-                writer.add_scalar(f"eval/{result['task']}/{result['protocol']}/{name}", value, step)
+                writer.add_scalar(f"{tag}/{name}", value, step)
         for place, card in enumerate(cards):
             tag = f"gallery/{place:02d} {'right' if card['correct'] else 'wrong'}"
             writer.add_image(tag, _pixels(card["source"]), step, dataformats="HWC")

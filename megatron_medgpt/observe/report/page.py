@@ -33,7 +33,7 @@ CURVES = (
 def write_report(run_dir: Path | str) -> Path:
     """Write ``run_dir/report.html`` from what the run left there, and return its path.
 
-    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json``, ``eval/gallery.json``, ``summary.json``,
+    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json`` with their galleries, ``summary.json``,
     ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report``
     where the run has TensorBoard.
 
@@ -51,7 +51,7 @@ def write_report(run_dir: Path | str) -> Path:
     summary = read_json(run_dir / "summary.json", {})
     metrics = read_metrics(run_dir / "metrics.jsonl")
     results = evaluation.read_results(run_dir / "eval")
-    cards = gallery.view(run_dir / "eval" / "gallery.json")
+    galleries = gallery.galleries(run_dir / "eval", results)
     page = (
         _environment()
         .get_template("page.html")
@@ -65,7 +65,7 @@ def write_report(run_dir: Path | str) -> Path:
             datasets=datasets(config, run_dir),
             results=[evaluation.view(result) for result in results],
             side_by_side=evaluation.side_by_side(results),
-            gallery=cards,
+            galleries=galleries,
             leakage=leakage.view(run_dir, results),
             provenance=_provenance(config, summary, metrics),
             config_rows=list(flattened(config)),
@@ -76,7 +76,7 @@ def write_report(run_dir: Path | str) -> Path:
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out)
     last_step = int(metrics.rows[-1]["step"]) if metrics.rows else 0
-    write_events(run_dir, results, cards, last_step)
+    write_events(run_dir, results, galleries[0]["cards"] if galleries else [], last_step)
     return out
 
 
@@ -119,7 +119,13 @@ def _tiles(metrics: Metrics, results: list[dict[str, Any]], summary: Mapping[str
     if results:
         main = results[0]
         low, high = main["ci95"]
-        tiles.append(_tile("Held-out accuracy", f"{main['accuracy']:.1%}", f"95% interval {low:.1%} to {high:.1%}"))
+        tiles.append(
+            _tile(
+                "Held-out accuracy",
+                f"{main['accuracy']:.1%}",
+                f"{main['task']}, {main['protocol']}; 95% interval {low:.1%} to {high:.1%}",
+            )
+        )
         for name, accuracy in main.get("controls", {}).items():
             tiles.append(
                 _tile(evaluation.control_name(name), f"{accuracy:.1%}", f"guessing is {main.get('chance', 0):.1%}")

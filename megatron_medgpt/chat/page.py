@@ -115,7 +115,10 @@ def serve(page: Any, *, host: str, port: int) -> None:
 
     theme = gradio.themes.Base(
         primary_hue="cyan", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    ).set(  # Gradio's own cyan bears white text at 2.4 to 1 only; this is 5.6
+        button_primary_background_fill="#0b6e99", button_primary_background_fill_hover="#095a7d",
+        button_primary_background_fill_dark="#0b6e99", button_primary_text_color="#ffffff",
+    )  # fmt: skip
     # uvicorn stops on SIGTERM and then raises it again; this lets the caller put away the uploads.
     signal.signal(signal.SIGTERM, _leave)
     uvicorn.run(

@@ -240,6 +240,7 @@ def _provenance(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: 
     rows = [(key, config[key]) for key in ("name", "seed", "precision", "recompute", "tokenizer") if key in config]
     if metrics.skipped:
         rows.append(("metrics.jsonl", f"{metrics.skipped} unreadable lines skipped"))
-    skipped = ("accuracy", "controls", "seconds")
+    # Shown where they belong: tiles and evaluation.
+    skipped = ("accuracy", "controls", "seconds", "n", "ci95", "by_modality", "by_question_type", "protocols")
     rows += flattened({key: value for key, value in summary.items() if key not in skipped})
     return [(key, str(value)) for key, value in rows]

@@ -6,7 +6,7 @@ CORE = [
     "megatron-core>=0.16.1",  # the engine; 0.16.1 is the last for Python 3.10 and 3.11, 0.19 for 3.12 and later
     "torch>=2.10",  # weights_only loading is unsafe before 2.10 (CVE-2026-24747)
     "psutil",  # megatron-core's checkpoint writer hangs for ever without it and does not declare it
-    "numpy",
+    "numpy>=2.0",  # bitwise_count of the leakage audit
     "transformers>=5.3",  # tokenizers, exports and parity tests (older versions execute config.json fields)
     "safetensors",
     "sentencepiece",  # language models that are not GPT-oss

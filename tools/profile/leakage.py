@@ -1,4 +1,4 @@
-"""How long the leakage audit's search takes: 10^6 stored hashes against 10^5 asked ones, beside faiss where it is there.
+"""Time of the leakage audit's search: 10^6 stored hashes against 10^5 asked ones, beside faiss where it is there.
 
     python tools/profile/leakage.py            # --stored 1000000 --wanted 100000 --distance 8
 

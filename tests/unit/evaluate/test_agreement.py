@@ -52,7 +52,7 @@ PIECES = st.sampled_from(
 OUTPUTS = st.lists(PIECES, max_size=9).map("".join) | st.text(max_size=25)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(output=OUTPUTS, answer=st.sampled_from(["yes", "No", "left lung", "B", "", "ß"]), closed=st.booleans())
 def test_generated_short_answers_agree_with_the_second_statement(output, answer, closed):
     ours = score_short(answer, output, closed=closed)

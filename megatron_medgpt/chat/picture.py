@@ -45,7 +45,7 @@ def picture_of(content: bytes, *, name: str = "image", allow_burned_in: bool = F
         UsageError: it is refused; says why and what to do.
     """
     try:
-        decoded = decode(content, allow_burned_in=allow_burned_in)
+        decoded, *_ = decode(content, allow_burned_in=allow_burned_in)
     except PictureError as error:
         raise UsageError(f"{name}: {_MENDS.get(error.reason, error.reason.replace('-', ' '))}") from None
     image = Image.open(io.BytesIO(decoded.picture.encoded))

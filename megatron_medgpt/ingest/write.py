@@ -25,7 +25,6 @@ from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
 from megatron_medgpt.data.shards import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
-from megatron_medgpt.ingest.decode import Decoded, decode
 from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.identity import masked
 from megatron_medgpt.ingest.parts import Part
@@ -139,8 +138,6 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
         repeat_marks(record, [len(file) for file in files]), images, _tokenizer(settings.tokenizer), key=settings.key,
         longest_tokens=settings.longest_tokens,
     )  # fmt: skip
-        record, images, _tokenizer(settings.tokenizer), key=settings.key, longest_tokens=settings.longest_tokens
-    )
     if sample.sample_id in settings.excluded:
         raise RecordError(EXCLUDED)
     if known is None:

@@ -22,7 +22,6 @@ from PIL import Image
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.shards import Dataset, unpack_pixels
-from megatron_medgpt.data.square import square
 from megatron_medgpt.evaluate.tasks.question import Question
 
 SMALLEST_SPREAD = 2.0
@@ -110,7 +109,11 @@ def question_picture(question: Question, store: Store | None = None) -> Image.Im
         picture = Image.open(io.BytesIO(question.image_bytes())).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"question {question.question_id}: its image does not decode ({error})") from None
-    return picture if store is None else square(picture, store.size_px, store.pad_rgb)
+    if store is None:
+        return picture
+    from megatron_medgpt.data.resize import square_pixels  # torch: 1.5 s that encoded stores need not pay
+
+    return Image.fromarray(square_pixels(np.asarray(picture), store.size_px, store.pad_rgb))
 
 
 def _library():

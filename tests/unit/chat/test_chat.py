@@ -45,8 +45,8 @@ def ct(tmp_path_factory):
 
 def test_a_dicom_is_windowed_as_ingest_does_it(ct):
     picture = read_picture(ct)
-    training = decode(ct.read_bytes()).picture
-    assert np.asarray(picture.image).tobytes() == np.asarray(Image.open(_bytes(training.encoded))).tobytes()
+    (training,) = decode(ct.read_bytes())
+    assert np.asarray(picture.image).tobytes() == np.asarray(Image.open(_bytes(training.picture.encoded))).tobytes()
     assert picture.describe() == "CT, 60 × 40 pixels, 8 bits"
 
 

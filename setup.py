@@ -6,7 +6,7 @@ CORE = [
     "megatron-core>=0.16.1",  # the engine; 0.16.1 is the last for Python 3.10 and 3.11, 0.19 for 3.12 and later
     "torch>=2.10",  # weights_only loading is unsafe before 2.10 (CVE-2026-24747)
     "psutil",  # megatron-core's checkpoint writer hangs for ever without it and does not declare it
-    "numpy",
+    "numpy>=2.0",  # bitwise_count of the leakage audit
     "transformers>=5.3",  # tokenizers, exports and parity tests (older versions execute config.json fields)
     "safetensors",
     "sentencepiece",  # language models that are not GPT-oss
@@ -32,10 +32,19 @@ CORE = [
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
-    "http": ["fsspec[http]", "urllib3"],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
+    "http": [
+        "fsspec[http]",
+        "urllib3",
+    ],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     # Whole slides. LGPL-2.1 as a library of its own, loaded at run time.
     "slides": ["openslide-python", "openslide-bin"],
+    "leakage": ["ImageHash>=4.3"],  # perceptual hashes of the leakage audit
+    "reports": [  # BLEU and ROUGE of written reports, by the packages that published figures name
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
+    ],
+    "chat": ["gradio>=6"],  # the local page of `medgpt chat`; it still asks for Pillow below 13
     "te": ["transformer-engine[pytorch]"],
     "nvcc": ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"],  # compiles the .cu sources where no CUDA toolkit is installed
     "dev": [
@@ -45,6 +54,9 @@ EXTRAS = {
         "urllib3",  # tools/data/fetch_pmc.py
         "tiktoken",  # what its files are checked against
         "pytest-xdist",  # two files at a time
+        "ImageHash",
+        "sacrebleu",
+        "rouge-score",
         "pytest-timeout",  # a multi-process test that hangs is a failure
         "hypothesis",
         "triton>=3.7,<3.10 ; platform_system == 'Linux'",  # kernels in the interpreter; CPU builds of torch bring none

@@ -119,6 +119,7 @@ def ingest(
     scaled_px: Annotated[
         int, typer.Option(help="Let JPEG and JPEG 2000 be decoded at 1/2, 1/4, 1/8 while this long a side remains.")
     ] = 0,
+    exclude: Annotated[Path | None, typer.Option(help="Sample ids to leave out (a leakage audit writes them).")] = None,
 ) -> None:
     """Turn medical images and texts into a validated, de-identified, sharded dataset.
 
@@ -153,6 +154,7 @@ def ingest(
         show_names=show_names,
         part=part,
         merge=merge,
+        exclude=exclude,
     )
 
 
@@ -412,6 +414,44 @@ def verify_conversion(
     from megatron_medgpt.convert import command
 
     raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",), logits=logits))
+
+
+@app.command()
+def chat(
+    hf: Annotated[Path, typer.Option(help="A Hugging Face folder (what convert megatron-to-hf wrote).")],
+    image: Annotated[Path | None, typer.Argument(help="DICOM, JPEG or PNG; without it a page is served.")] = None,
+    question: Annotated[str | None, typer.Argument(help="What to ask about it.")] = None,
+    host: Annotated[str, typer.Option(help="127.0.0.1 or localhost; others are refused.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    reasoning_effort: Annotated[str | None, typer.Option(help="low, medium or high, for models that think.")] = None,
+    allow_burned_in: Annotated[bool, typer.Option(help="Show images that may show text of a patient.")] = False,
+) -> None:
+    """Ask an exported model about one image, here or on a local page. Research only, not for clinical use.
+
+    Example: `medgpt chat --hf exported image.dcm "What does the image show?"`
+
+    Without image and question: a page on this machine alone (`pip install 'megatron-medgpt[chat]'`).
+    """
+    import tempfile
+
+    from megatron_medgpt.chat.command import run_chat
+
+    with tempfile.TemporaryDirectory(prefix="medgpt-chat-") as folder:
+        # Read by Gradio and huggingface_hub: uploads lie in a folder of this user alone that goes at the end; no calls.
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+        run_chat(
+            hf,
+            image,
+            question,
+            host=host,
+            port=port,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            reasoning_effort=reasoning_effort,
+            allow_burned_in=allow_burned_in,
+        )
 
 
 @app.command()

@@ -20,7 +20,7 @@ THUMBNAIL_PX = 320
 
 
 def write_gallery(items: Sequence[Item], path: Path | str, *, num_right: int = 8, num_wrong: int = 4) -> int:
-    """Write ``gallery.json`` for ``observe.report``: the same choice for the same items; returns how many."""
+    """Write ``NAME.gallery.json`` for ``observe.report``: the same choice for the same items; returns how many."""
     cards = []
     for wanted, count in ((True, num_right), (False, num_wrong)):
         cards += [card for item in _spread([i for i in items if i.correct == wanted]) if (card := _card(item))][:count]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_medgpt.evaluate.scorers import Verdict
+from megatron_medgpt.evaluate.scorers.text import text_figures
 from megatron_medgpt.evaluate.tasks.question import Question, Task
 
 RESAMPLES = 2000
@@ -76,6 +77,10 @@ def summarise(task: Task, protocol: str, items: Sequence[Item]) -> dict[str, Any
     if scored:
         summary["token_f1"] = rounded(sum(verdict.f1 or 0 for verdict in scored) / len(items))
         summary["token_recall"] = rounded(sum(verdict.recall or 0 for verdict in scored) / len(items))
+    if protocol == "report":
+        summary["text"] = text_figures([item.question.answer for item in items], [item.output for item in items])
+    if task.notes:
+        summary["notes"] = list(task.notes)
     return summary
 
 

@@ -160,16 +160,15 @@ def _run(evaluation: Evaluation, engine: Any, *, writes: bool = True) -> None:
     from megatron_medgpt.evaluate.tasks import load_task
 
     task = load_task(evaluation.task, evaluation.data)
-    for number, protocol in enumerate(evaluation.protocols):
+    for protocol in evaluation.protocols:
         started = time.perf_counter()
+        out = result_path(evaluation.out, protocol, of=evaluation.protocols)
         summary, items = run_eval(
-            task, evaluation.data, result_path(evaluation.out, protocol, of=evaluation.protocols), engine=engine,
-            protocol=protocol, controls=evaluation.controls, limit=evaluation.limit, writes=writes,
-            report=_progress if writes else None,
+            task, evaluation.data, out, engine=engine, protocol=protocol, controls=evaluation.controls,
+            limit=evaluation.limit, writes=writes, report=_progress if writes else None,
         )  # fmt: skip
         if writes:
-            if number == 0:
-                write_gallery(items, evaluation.out.parent / "gallery.json")
+            write_gallery(items, out.with_suffix(".gallery.json"))
             print(f"{_sentence(summary)}, {time.perf_counter() - started:.1f} s", flush=True)
 
 

@@ -18,6 +18,7 @@ from megatron_medgpt.data.manifest import MANIFEST, STORE_KINDS, Store, shard_na
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.complete import complete, in_words
 from megatron_medgpt.ingest.decode import DecodeOptions
+from megatron_medgpt.ingest.exclude import read_excluded
 from megatron_medgpt.ingest.identity import SUSPICIOUS_TEXT, load_key, masked
 from megatron_medgpt.ingest.parts import Part, leave_note, shards_of_parts
 from megatron_medgpt.ingest.progress import Progress, expected_records
@@ -71,6 +72,7 @@ def run_ingest(
     merge: bool = False,
     longest_tokens: int = 32_768,
     records_per_shard: int = 2048,
+    exclude: str | Path | None = None,
     echo: Callable[[str], None] = print,
 ) -> IngestSummary:
     """Make a dataset folder of what users have. Run again after a kill, it continues and gives the same bytes.
@@ -81,7 +83,9 @@ def run_ingest(
         mapping: field -> column, where the columns are not found by name.
         store: ``encoded`` keeps JPEG/PNG bytes; ``pixels`` keeps squares of ``pixel_size_px`` padded with
             ``pixel_pad_rgb``, for one encoder.
-        max_reject_rate: share of rejected records above which no dataset is made.
+        max_reject_rate: share of rejected records above which no dataset is made; ``exclude`` does not count.
+        exclude: JSONL with a ``sample_id`` a line (tools/data/audit_leakage.py writes one); those samples become
+            rejects. Ids are keyed: the key must be the one of the dataset that was audited.
         suspicious_text: what to do with texts that hold a date, a record number and the like: ``count``, ``mask`` or
             ``refuse``.
         licence: of the data, for the manifest and the datasheet.
@@ -120,6 +124,7 @@ def run_ingest(
     settings = Settings(
         out=out, tokenizer=folder, key=load_key(key_file), allow_burned_in=allow_burned_in,
         longest_tokens=longest_tokens, suspicious_text=suspicious_text, decode=decode,
+        excluded=read_excluded(exclude),
         store=Store(kind=store, size_px=pixel_size_px, pad_rgb=pixel_pad_rgb) if store == "pixels" else Store(),
     )  # fmt: skip
     _show(sources, echo, show_names)
@@ -201,6 +206,7 @@ def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: To
         "allow_burned_in": settings.allow_burned_in, "longest_tokens": settings.longest_tokens,
         "suspicious_text": settings.suspicious_text, "decode": asdict(settings.decode),
         "key": hashlib.sha256(b"which key" + settings.key).hexdigest(),
+        "excluded": hashlib.sha256("\n".join(sorted(settings.excluded)).encode()).hexdigest(),
     }  # fmt: skip
     path = settings.out / ".ingest.json"
     if not path.exists():

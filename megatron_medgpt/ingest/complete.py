@@ -17,6 +17,7 @@ from megatron_medgpt.config.errors import WorkError
 from megatron_medgpt.data.manifest import REJECTS, TOKENIZER, Manifest, write_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.datasheet import write_datasheet
+from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.sources import Source
 from megatron_medgpt.ingest.write import Finished, Settings, remove_notes
 
@@ -40,9 +41,10 @@ def complete(
     (settings.out / REJECTS).write_text("".join(lines), encoding="utf-8")
     counts = Counter(reason for _, reason in rejects)
     num_records = sum(shard.shard.num_samples for shard in finished) + len(rejects)
-    if num_records == 0 or len(rejects) > max_reject_rate * num_records:
+    unwanted = len(rejects) - counts[EXCLUDED]
+    if num_records == 0 or unwanted > max_reject_rate * num_records:
         raise WorkError(
-            f"{len(rejects)} of {num_records} records were rejected ({in_words(counts)}), more than "
+            f"{unwanted} of {num_records} records were rejected ({in_words(counts)}), more than "
             f"--max-reject-rate {max_reject_rate}; see {settings.out}/{REJECTS}, mend the inputs or raise the rate"
         )
     notes: Counter[str] = Counter()

@@ -25,6 +25,7 @@ from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
 from megatron_medgpt.data.shards import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
+from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.identity import masked
 from megatron_medgpt.ingest.parts import Part
 from megatron_medgpt.ingest.sample import make_sample, repeat_marks
@@ -48,6 +49,8 @@ class Settings:
     suspicious_text: str = "count"
     """One of ``identity.SUSPICIOUS_TEXT``."""
     decode: DecodeOptions = field(default_factory=DecodeOptions)
+    excluded: frozenset[str] = frozenset()
+    """Ids of samples to leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,8 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
         repeat_marks(record, [len(file) for file in files]), images, _tokenizer(settings.tokenizer), key=settings.key,
         longest_tokens=settings.longest_tokens,
     )  # fmt: skip
+    if sample.sample_id in settings.excluded:
+        raise RecordError(EXCLUDED)
     if known is None:
         first = writer.add_images([image.picture.encoded for image in images])
         # Later records of this shard with the same images share them; only their facts are kept in memory.

@@ -163,7 +163,7 @@ def test_a_run_is_evaluated_under_several_protocols_with_one_loading(uninterrupt
         assert (result["protocol"], result["n"], result["failed"]) == (protocol, 4, 0)
         assert set(result["controls"]) == {"blank_image", "shuffled_image", "text_only"}
         assert result["settings"].get("max_new_tokens") == (None if protocol == "official-prefix" else 8)
-    assert len(json.loads((tmp_path / "eval" / "gallery.json").read_text())) == 4
+        assert len(json.loads((tmp_path / "eval" / f"colours.{protocol}.gallery.json").read_text())) == 4
     with pytest.raises(UsageError, match="--protocol letters; allowed: official-qa"):
         evaluate_model(
             "table", data=tmp_path, out=tmp_path / "x.json", arguments=(), checkpoint=Path(uninterrupted.out),

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.tasks.omnimedvqa import load_omnimedvqa
 from megatron_medgpt.evaluate.tasks.question import Task
+from megatron_medgpt.evaluate.tasks.reports import load_reports
 from megatron_medgpt.evaluate.tasks.table import load_table
 from megatron_medgpt.evaluate.tasks.vqa import load_path_vqa, load_pmc_vqa, load_slake, load_vqa_rad
 
@@ -19,6 +20,7 @@ TASKS = {
     "path-vqa": load_path_vqa,
     "pmc-vqa-v1": partial(load_pmc_vqa, version=1),
     "pmc-vqa-v2": partial(load_pmc_vqa, version=2),
+    "reports": load_reports,
     "table": load_table,
 }
 

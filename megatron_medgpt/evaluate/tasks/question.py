@@ -63,7 +63,7 @@ class Problem:
 
     kind: str
     """``answer_not_among_options``, ``repeated_id``, ``missing_image``, ``image_outside_folder``,
-    ``repeated_option`` or ``option_count``."""
+    ``repeated_option``, ``option_count`` or ``empty_reference``."""
     question_id: str
     detail: str
 
@@ -75,6 +75,8 @@ class Task:
     name: str
     questions: tuple[Question, ...]
     problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is odd about the set as a whole, in sentences: counts that are not the published ones."""
 
     @property
     def problem_counts(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ PROTOCOL_NAMES = {
     "official-prefix": "OmniMedVQA prefix score: the option with the lowest mean cross-entropy after the question",
     "letter": "Letter protocol (MedEvalKit): lettered options, the letter is read from the answer",
     "short-answer": "Short answers: exact match, token F1",
+    "report": "Written reports: BLEU and ROUGE count shared words and say nothing about clinical correctness",
     "chat-likelihood": "The option with the lowest mean cross-entropy as the assistant's answer",
 }
 CONTROL_NAMES = {
@@ -32,7 +33,7 @@ def control_name(control: str) -> str:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The evaluation files of a folder in name order, those with controls first; other JSON files are left alone."""
     results = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -59,8 +60,11 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "task": result["task"],
         "protocol": result["protocol"],
         "protocol_name": PROTOCOL_NAMES.get(result["protocol"], ""),
+        "measure": "exact matches" if "text" in result else "accuracy",
         "accuracy": result["accuracy"],
         "ci95": result["ci95"],
+        "notes": result.get("notes") or [],
+        "words": _word_figures(result),
         "macro": result.get("macro_by_modality"),
         "engine": result.get("engine", ""),
         "chart": charts.interval_chart(bars, result.get("chance")),
@@ -68,6 +72,32 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "table": _table(result),
         "published": published,
     }
+
+
+def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """All evaluations in one table, so that protocols and controls can be compared; None for fewer than two."""
+    if len(results) < 2:
+        return None
+    controls = list(dict.fromkeys(name for result in results for name in result.get("controls") or {}))
+    rows = [
+        {
+            "task": result["task"], "protocol": result["protocol"], "n": result["n"], "accuracy": result["accuracy"],
+            "ci95": result["ci95"], "chance": result.get("chance"), "failed": result.get("failed"),
+            "unparsed": result.get("unparsed"), "engine": result.get("engine", ""),
+            "controls": [(result.get("controls") or {}).get(name) for name in controls],
+        }
+        for result in sorted(results, key=lambda result: (result["task"], result["protocol"], result["file"]))
+    ]  # fmt: skip
+    return {"controls": [control_name(name) for name in controls], "rows": rows}
+
+
+def _word_figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of texts by the name the page gives them."""
+    names = {"token_f1": "token F1", "token_recall": "token recall"}
+    found = {name: result[key] for key, name in names.items() if key in result}
+    text = result.get("text") or {}
+    names = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+    return found | {name: text[key] for key, name in names.items() if key in text}
 
 
 def _table(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,4 +123,9 @@ def _published(result: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     own = {"model": "This model", "accuracy": result["accuracy"], "source": "this run", "own": True}
     entries = sorted([*known["entries"], own], key=lambda entry: -entry["accuracy"])
-    return {"note": known["note"], "entries": entries}
+    whole = known.get("questions")
+    caution = (
+        f"They were measured on {whole:,} questions, this run on {result['n']:,}: not the same measurement."
+        if whole is not None and whole != result["n"] else ""
+    )  # fmt: skip
+    return {"note": known["note"], "entries": entries, "caution": caution}

@@ -1,20 +1,32 @@
 """Pictures with the question, the options, and what the model answered.
 
-``eval/gallery.json`` is a list of ``{"image_png_base64" or "image" (path beside the file), "question", "options",
-"answer", "prediction", "correct", "modality", "question_type"}``.
+Beside an evaluation file ``NAME.json`` lies ``NAME.gallery.json``, a list of ``{"image_png_base64" or "image" (path
+beside the file), "question", "options", "answer", "prediction", "correct", "modality", "question_type"}``.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import WorkError
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+
+
+def galleries(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The galleries of the evaluations, in their order; what lies as ``gallery.json`` alone comes last."""
+    found = [
+        {"name": f"{result['task']}, {result['protocol']}", "cards": cards}
+        for result in results
+        if (cards := view(folder / Path(result["file"]).with_suffix(".gallery.json").name))
+    ]
+    if cards := view(folder / "gallery.json"):
+        found.append({"name": "pictures", "cards": cards})
+    return found
 
 
 def view(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -13,8 +12,11 @@ import jinja2
 import yaml
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.observe.report import charts, evaluation, gallery
+from megatron_medgpt.observe.report import charts, evaluation, gallery, leakage
 from megatron_medgpt.observe.report.curves import Metrics, read_metrics
+from megatron_medgpt.observe.report.datasets import datasets
+from megatron_medgpt.observe.report.events import write_events
+from megatron_medgpt.observe.report.files import read_json
 
 HERE = Path(__file__).parent
 CURVES = (
@@ -31,7 +33,9 @@ CURVES = (
 def write_report(run_dir: Path | str) -> Path:
     """Write ``run_dir/report.html`` from what the run left there, and return its path.
 
-    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json``, ``eval/gallery.json``, ``summary.json``.
+    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json`` with their galleries, ``summary.json``,
+    ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report``
+    where the run has TensorBoard.
 
     Raises:
         UsageError: not a folder, or none of these files is in it.
@@ -47,6 +51,7 @@ def write_report(run_dir: Path | str) -> Path:
     summary = read_json(run_dir / "summary.json", {})
     metrics = read_metrics(run_dir / "metrics.jsonl")
     results = evaluation.read_results(run_dir / "eval")
+    galleries = gallery.galleries(run_dir / "eval", results)
     page = (
         _environment()
         .get_template("page.html")
@@ -57,9 +62,11 @@ def write_report(run_dir: Path | str) -> Path:
             curves=_curves(metrics),
             expert_load=_expert_load(metrics),
             time_shares=_time_shares(metrics),
-            datasets=_datasets(config, run_dir),
+            datasets=datasets(config, run_dir),
             results=[evaluation.view(result) for result in results],
-            gallery=gallery.view(run_dir / "eval" / "gallery.json"),
+            side_by_side=evaluation.side_by_side(results),
+            galleries=galleries,
+            leakage=leakage.view(run_dir, results),
             provenance=_provenance(config, summary, metrics),
             config_rows=list(flattened(config)),
         )
@@ -68,17 +75,9 @@ def write_report(run_dir: Path | str) -> Path:
     temporary = run_dir / f".report.html.{os.getpid()}"
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out)
+    last_step = int(metrics.rows[-1]["step"]) if metrics.rows else 0
+    write_events(run_dir, results, galleries[0]["cards"] if galleries else [], last_step)
     return out
-
-
-def read_json(path: Path, default: Any) -> Any:
-    """JSON of a file, ``default`` where it is absent; WorkError where it is broken."""
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WorkError(f"{path} is not JSON ({error})") from None
 
 
 def flattened(section: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -120,7 +119,13 @@ def _tiles(metrics: Metrics, results: list[dict[str, Any]], summary: Mapping[str
     if results:
         main = results[0]
         low, high = main["ci95"]
-        tiles.append(_tile("Held-out accuracy", f"{main['accuracy']:.1%}", f"95% interval {low:.1%} to {high:.1%}"))
+        tiles.append(
+            _tile(
+                "Held-out accuracy",
+                f"{main['accuracy']:.1%}",
+                f"{main['task']}, {main['protocol']}; 95% interval {low:.1%} to {high:.1%}",
+            )
+        )
         for name, accuracy in main.get("controls", {}).items():
             tiles.append(
                 _tile(evaluation.control_name(name), f"{accuracy:.1%}", f"guessing is {main.get('chance', 0):.1%}")
@@ -231,24 +236,11 @@ def _time_shares(metrics: Metrics) -> list[dict[str, Any]]:
     ]
 
 
-def _datasets(config: Mapping[str, Any], run_dir: Path) -> list[dict[str, Any]]:
-    """Counts of every dataset of the run's blends, from its dataset.json where it is still to be found."""
-    rows: dict[str, dict[str, Any]] = {}
-    for stage in config.get("stages") or []:
-        for entry in stage.get("data") or []:
-            path = Path(str(entry.get("path", "")))
-            row = rows.setdefault(str(path), {"name": path.name, "stages": [], "facts": None})
-            row["stages"].append(f"{stage.get('name')} (weight {entry.get('weight', 1):g})")
-            for folder in (path, run_dir / path):
-                if (folder / "dataset.json").is_file():
-                    row["facts"] = read_json(folder / "dataset.json", {})
-    return list(rows.values())
-
-
 def _provenance(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
     rows = [(key, config[key]) for key in ("name", "seed", "precision", "recompute", "tokenizer") if key in config]
     if metrics.skipped:
         rows.append(("metrics.jsonl", f"{metrics.skipped} unreadable lines skipped"))
-    skipped = ("accuracy", "controls", "seconds")
+    # Shown where they belong: tiles and evaluation.
+    skipped = ("accuracy", "controls", "seconds", "n", "ci95", "by_modality", "by_question_type", "protocols")
     rows += flattened({key: value for key, value in summary.items() if key not in skipped})
     return [(key, str(value)) for key, value in rows]

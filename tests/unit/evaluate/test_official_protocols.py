@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from difflib import SequenceMatcher
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_answers import ANSWER, OPTIONS, WORKED
+from second_statements import official as second_statement
 
 from megatron_medgpt.evaluate.scorers import judge_losses, judge_text
 from megatron_medgpt.evaluate.scorers.official import (
@@ -21,16 +21,6 @@ from megatron_medgpt.evaluate.scorers.official import (
 from megatron_medgpt.evaluate.tasks.question import Question
 
 QUESTION = Question(question_id="q", question="What technique?", answer=ANSWER, options=OPTIONS)
-
-
-def second_statement(options, output):
-    """Keep the first option that is strictly more similar than all before it, beginning from no similarity at all."""
-    best, kept = 0, None
-    for place, option in enumerate(options):
-        ratio = SequenceMatcher(a=option, b=output).ratio()
-        if ratio > best:
-            best, kept = ratio, place
-    return kept
 
 
 @pytest.mark.parametrize(("output", "right", "choice"), [(c[0], *c[3:]) for c in WORKED if c[3] is not None])

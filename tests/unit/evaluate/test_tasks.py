@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 
 import pytest
-from question_folders import OPTIONS, omnimedvqa_folder, picture, questions_file, read_questions, write_questions
+from question_folders import (
+    OPTIONS,
+    omnimedvqa_folder,
+    picture,
+    questions_file,
+    read_questions,
+    write_predictions,
+    write_questions,
+)
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.evaluate.score import score
 from megatron_medgpt.evaluate.tasks import TASKS, load_task
 from megatron_medgpt.evaluate.tasks.omnimedvqa import (
     OPEN_ACCESS_BY_MODALITY,
     OPEN_ACCESS_BY_TYPE,
     OPEN_ACCESS_TOTAL,
+    count_differences,
 )
+from megatron_medgpt.evaluate.tasks.question import Question
+from megatron_medgpt.evaluate.tasks.reports import findings
 
 
 def test_omnimedvqa_folder_is_read_whole_and_in_order(tmp_path):
@@ -155,3 +169,102 @@ def test_a_users_own_table_needs_only_question_and_answer(tmp_path):
     task = load_task("table", path)
     assert [q.options for q in task.questions] == [("left", "right"), ()]
     assert [q.question_id for q in task.questions] == ["mine_000000", "mine_000001"]
+
+
+def published_set(change: int = 0) -> list[Question]:
+    """Questions with exactly the published counts of modalities and types; ``change`` more of the last type."""
+    modalities = [name for name, n in OPEN_ACCESS_BY_MODALITY.items() for _ in range(n)]
+    kinds = [name for name, n in OPEN_ACCESS_BY_TYPE.items() for _ in range(n)] + [
+        "Other biological attributes"
+    ] * change
+    modalities += ["X-Ray"] * (len(kinds) - len(modalities))
+    return [
+        Question(question_id=str(n), question="Q?", answer="A", modality=modality.upper(), question_type=kind)
+        for n, (modality, kind) in enumerate(zip(modalities, kinds))
+    ]
+
+
+def test_the_published_open_access_part_has_no_difference_and_others_are_named():
+    assert count_differences(published_set()) == []
+    assert count_differences(published_set(2)) == [
+        "88,998 questions, published 88,996", "7,919 X-Ray, published 7,916",
+        "3,500 Other Biological Attributes, published 3,498",
+    ]  # fmt: skip
+    assert "1 of 'gait', which is not in the table" in count_differences([replace(published_set()[0], modality="Gait")])
+
+
+def test_a_part_of_omnimedvqa_warns_and_its_evaluation_file_says_so(tmp_path, caplog):
+    folder = omnimedvqa_folder(tmp_path / "set")
+    assert load_task("omnimedvqa", folder).notes == ()
+    write_questions(folder, [row | {"dataset": "ACRIMA"} for row in read_questions(folder)])
+    with caplog.at_level("WARNING", "megatron_medgpt"):
+        task = load_task("omnimedvqa", folder)
+    assert "16 questions, published 88,996" in caplog.text
+    predictions = write_predictions(tmp_path / "p.jsonl", {"P_0000": "A"})
+    assert score("omnimedvqa", folder, predictions)["notes"] == list(task.notes)
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  cough // eval for pneumonia
+
+ FINDINGS:
+
+ The lungs are clear.
+ The heart is   normal.
+
+ IMPRESSION:  No acute process.
+"""
+
+
+def test_findings_are_cut_out_of_a_report():
+    assert findings(REPORT) == "The lungs are clear. The heart is normal."
+    assert findings(REPORT.replace("FINDINGS:", "\n")) == "No acute process."
+    assert findings("Normal\n chest.") == "Normal chest."
+
+
+def test_mimic_cxr_asks_once_a_study_about_its_best_frontal_view(tmp_path):
+    (tmp_path / "mimic-cxr-2.0.0-split.csv").write_text(
+        "dicom_id,study_id,subject_id,split\nlat,50000001,10000032,test\nap,50000001,10000032,test\n"
+        "pa,50000001,10000032,test\nx,50000002,10000032,train\nonly,50000003,10000032,test\n"
+    )
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").write_text(
+        "dicom_id,ViewPosition\nlat,LATERAL\nap,AP\npa,PA\nonly,LL\n"
+    )
+    patient = tmp_path / "files" / "p10" / "p10000032"
+    for study in ("s50000001", "s50000003"):
+        (patient / study).mkdir(parents=True)
+        (patient / f"{study}.txt").write_text(REPORT if study.endswith("1") else "FINDINGS:\n")
+    (patient / "s50000001" / "pa.jpg").write_bytes(picture(1))
+    task = load_task("reports", tmp_path)
+    assert [(q.question_id, q.question_type, q.image.name) for q in task.questions] == [
+        ("s50000001", "report", "pa.jpg"), ("s50000003", "report", "only.jpg"),
+    ]  # fmt: skip
+    assert task.questions[0].answer == "The lungs are clear. The heart is normal."
+    assert task.problem_counts == {"missing_image": 1}
+    (patient / "s50000003.txt").unlink()
+    with pytest.raises(UsageError, match=r"s50000003\.txt is missing"):
+        load_task("reports", tmp_path)
+
+
+def test_a_table_of_reports_is_scored_by_words_and_refuses_letters(tmp_path):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    table = tmp_path / "reports.csv"
+    table.write_text("id,image,report\na,1.png,The lungs are clear.\nb,2.png,A small left effusion is seen.\n")
+    answers = {"a": "The lungs are\nclear.", "b": "No effusion."}
+    result = score("reports", tmp_path, write_predictions(tmp_path / "p.jsonl", answers))
+    assert (result["protocol"], result["correct"], result["text"]["exact"]) == ("report", 1, 0.5)
+    # unigrams by hand: outputs have 5 + 3 tokens ("." is one), of which 5 + 2 stand in their references of 5 + 7;
+    # brevity penalty exp(1 - 12/8)
+    assert result["text"]["bleu1"] == pytest.approx(7 / 8 * math.exp(1 - 12 / 8), abs=1e-6)
+    # longest common subsequences: 4 of 4 and 4; "effusion" alone of 2 and 6 words
+    assert result["text"]["rougeL"] == pytest.approx((1 + 2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6)) / 2, abs=1e-6)
+    assert "tok:13a" in result["text"]["bleu_signature"]
+    with pytest.raises(UsageError, match="--protocol report"):
+        score("reports", tmp_path, tmp_path / "p.jsonl", "letter")
+    plain = tmp_path / "q.csv"
+    plain.write_text("question_id,question,answer\na,Q?,yes\n")
+    with pytest.raises(UsageError, match="set of reports"):
+        score("table", plain, tmp_path / "p.jsonl", "report")

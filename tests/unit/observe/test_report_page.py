@@ -170,6 +170,11 @@ def test_published_figures_stand_only_beside_their_task_and_protocol(run):
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "official-qa")))
     assert "Lingshu" not in page_of(run)[1]
     assert "50.2%" in page_of(run)[1]
+    whole = evaluation("omnimedvqa", "letter")
+    (run / "eval" / "a.json").write_text(json.dumps(whole))
+    assert "this run on 4: not the same measurement" in page_of(run)[1]
+    (run / "eval" / "a.json").write_text(json.dumps(whole | {"n": 88_996}))
+    assert "not the same measurement" not in page_of(run)[1]
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "chat-likelihood")))
     assert "Published" not in page_of(run)[1]
 
@@ -239,3 +244,115 @@ def test_values_that_are_not_numbers_do_not_break_a_curve(run):
 )
 def test_figures_are_short(value, text):
     assert short_number(value) == text
+
+
+def said_by(folder):
+    page, _ = page_of(folder)
+    assert page.faults == []
+    assert page.open == []
+    return " ".join(" ".join(page.text).split())
+
+
+def test_protocols_stand_side_by_side_with_their_controls(run):
+    prefix = evaluation("phantoms", "official-prefix") | {"accuracy": 0.25, "controls": {}, "unparsed": 7}
+    (run / "eval" / "c.json").write_text(json.dumps(prefix))
+    said = said_by(run)
+    assert "Side by side" in said
+    assert "phantoms official-prefix 4 25.0%" in said
+    for name in ("b", "c"):
+        (run / "eval" / f"{name}.json").unlink()
+    assert "Side by side" not in said_by(run)
+
+
+def test_notes_and_figures_of_words_are_shown(run):
+    words = {"exact": 0.25, "bleu4": 0.123, "rougeL": 0.456, "bleu_signature": "s", "mean_words": {}}
+    (run / "eval" / "a.json").write_text(
+        json.dumps(evaluation("reports", "report") | {"text": words, "notes": ["16 questions, published 88,996"]})
+    )
+    said = said_by(run)
+    for text in ("exact matches", "BLEU-4 0.123", "ROUGE-L 0.456", "16 questions, published 88,996"):
+        assert text in said, text
+
+
+def audit():
+    picture_pair = {
+        "kind": "near", "bits_of_64": 2, "bits_of_256": 9, "task": "phantoms", "question_ids": ["q0"],
+        "num_questions": 3, "question": "Q?", "dataset": "align", "image": "shard-00000 image 4",
+        "evaluation_png_base64": picture(), "training_png_base64": picture(),
+    }  # fmt: skip
+    return {
+        "settings": {"distance_of_64": 8, "confirm_of_256": 32, "ngram_words": 8, "share_of_ngrams": 0.7},
+        "training": [{"dataset": "align", "samples": 50, "samples_with_picture": 2, "samples_with_text": 1}],
+        "evaluation": [{"task": "phantoms", "questions": 4, "pictures": 4}], "pictures": {"exact": 0, "near": 1},
+        "questions": {"pictures": 1, "texts": 1, "any": 2, "of": 4}, "template": {"runs": 1, "questions": 0},
+        "flagged": {"phantoms": {"q0": ["near"], "q1": ["text"]}}, "pairs": [picture_pair], "excluded_samples": 2,
+        "text_pairs": [{"task": "phantoms", "question_id": "q1", "share": 1.0, "question": "<i>Q</i>",
+                        "training_text": "T", "dataset": "align", "sample_id": "0"}],
+    }  # fmt: skip
+
+
+def test_leakage_is_shown_with_both_pictures_and_the_accuracy_without_it(run):
+    assert "Leakage" not in said_by(run)
+    (run / "leakage").mkdir()
+    (run / "leakage" / "leakage.json").write_text(json.dumps(audit()))
+    items = [{"question_id": f"q{n}", "correct": n != 3} for n in range(4)]
+    (run / "eval" / "a.items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    said = said_by(run)
+    assert "2 of 64 and 9 of 256 bits differ" in said
+    # of q0 to q3 all but q3 are right; q0's picture was seen, and q1's text
+    assert "phantoms letter 75.0% 4 100.0% 1 66.7% 3 50.0% 2" in said
+    page, text = page_of(run)
+    assert len([attrs for attrs in page.all("img") if "picture of" in attrs["alt"]]) == 2
+    assert "<i>" not in text
+    test_readers_without_eyes_or_mouse_find_their_way(run)
+    test_nothing_is_fetched_from_anywhere(run)
+
+
+@pytest.mark.parametrize(("name", "content"), [("leakage.json", "{}"), ("leakage.json", "["), ("a.items.jsonl", "{}")])
+def test_a_broken_audit_is_named(run, name, content):
+    (run / "leakage").mkdir()
+    (run / "leakage" / "leakage.json").write_text(json.dumps(audit()))
+    (run / ("eval" if name.startswith("a.") else "leakage") / name).write_text(content)
+    with pytest.raises(WorkError, match=re.escape(name)):
+        write_report(run)
+
+
+def test_every_evaluation_has_its_own_gallery(run):
+    cards = json.loads((run / "eval" / "gallery.json").read_text())
+    (run / "eval" / "b.gallery.json").write_text(json.dumps([cards[0] | {"question": "Another?"}]))
+    page, _ = page_of(run)
+    said = " ".join(" ".join(page.text).split())
+    assert said.index("Another?") < said.index("Where <here>?")
+    assert [attrs for attrs in page.all("details") if "open" in attrs] == [{"open": None}]
+
+
+def test_data_is_shown_with_its_share_of_every_stage(run):
+    (run / "data" / "b").mkdir()
+    facts = {"num_samples": 15, "num_images": 4, "num_tokens": 9, "rejects": {}, "modalities": {"ct": 15}}
+    (run / "data" / "b" / "dataset.json").write_text(json.dumps(facts))
+    (run / "run.yaml").write_text(
+        "name: x\nstages:\n- {name: align, num_steps: 1, data: [{path: data/a, weight: 2.0}, {path: data/b}]}\n"
+    )
+    said = said_by(run)
+    # 2 passes over 5 samples beside one over 15
+    assert "align weight 2, 40% of its samples" in said
+    assert "align weight 1, 60% of its samples" in said
+    assert "ct 15" in said
+
+
+def test_tensorboard_gets_the_same_figures_and_pictures_once(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_report(run)
+    assert not (run / "tensorboard").exists()
+    (run / "tensorboard").mkdir()
+    write_report(run)
+    write_report(run)
+    events = EventAccumulator(str(run / "tensorboard" / "report"))
+    events.Reload()
+    (point,) = events.Scalars("eval/phantoms/letter/accuracy")
+    assert (point.step, point.value) == (400, 0.75)
+    assert events.Scalars("eval/phantoms/letter (b)/control/blank_image")[0].value == pytest.approx(0.26)
+    assert len(events.Tags()["images"]) == 1
+    (image,) = events.Images(events.Tags()["images"][0])
+    assert (image.width, image.height) == (8, 8)

@@ -155,6 +155,7 @@ class _Shard:
             if found != expected["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes, not {expected['bytes']}"
                 raise WorkError(f"{folder.name}/{name} {state}; restore it or ingest again")
+        self.name = f"{folder.name}/{facts.name}"
         self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
         self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
         self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r")
@@ -181,6 +182,12 @@ class _Shard:
             or (first.astype(np.int64) + count > facts.num_images).any()
         ):
             raise WorkError(f"{at}: a sample names an image or modality that is not there; restore it or ingest again")
+
+    def sample_id(self, row: int) -> str:
+        try:
+            return bytes(self.ids[row]).decode("ascii").strip()
+        except UnicodeDecodeError as error:
+            raise WorkError(f"{self.name}.ids: id {row} is damaged; restore it or ingest again") from error
 
     def _meta(self, which: int) -> np.ndarray:
         return self.text.items[self.text.pointers[2::3] // 4 + which]
@@ -225,9 +232,7 @@ class Dataset:
         number_of_shard, shard, row = self._locate(number)
         modality, num_images, first, _ = shard.text[3 * row + 2].tolist()
         keys = tuple((number_of_shard, first + k) for k in range(num_images))
-        return StoredSample(
-            shard.text[3 * row], shard.text[3 * row + 1], modality, keys, bytes(shard.ids[row]).decode("ascii").strip()
-        )
+        return StoredSample(shard.text[3 * row], shard.text[3 * row + 1], modality, keys, shard.sample_id(row))
 
     def image(self, key: tuple[int, int]) -> np.ndarray:
         """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""
@@ -235,7 +240,7 @@ class Dataset:
 
     def sample_id(self, number: int) -> str:
         _, shard, row = self._locate(number)
-        return bytes(shard.ids[row]).decode("ascii").strip()
+        return shard.sample_id(row)
 
 
 def verify(folder: str | Path) -> Iterator[str]:

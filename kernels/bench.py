@@ -1,6 +1,7 @@
 """Time the kernels beside what a user would pick instead, in one run, on one GPU.
 
-    python kernels/bench.py --out DIR [--tokens 8192,16384] [--shapes 20b,120b,120b-ep8] [--seconds 300] [--tiny]
+    python kernels/bench.py --out DIR [--tokens 8192,16384] [--shapes 20b,120b,120b-ep8] [--seconds 300] [--only KINDS]
+                            [--tiny]
 
 Variants of a case take turns, iteration by iteration, on random data; the median and the 90th percentile are reported,
 and FLOPs count unpadded rows. The ceilings (copy bandwidth, bf16 and fp8 products) are taken in the same run. Every
@@ -18,6 +19,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -61,6 +63,7 @@ def main() -> int:
     parser.add_argument("--tokens", default="8192,16384")
     parser.add_argument("--shapes", default="20b,120b-ep8,120b")
     parser.add_argument("--seconds", type=float, default=300.0, help="no case starts after this")
+    parser.add_argument("--only", help="kinds of cases, by commas: moe products frozen conversions movement projector")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, one iteration: proves that every path runs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,43 +75,55 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.seconds
     clock = Clock(device, args.tiny, deadline)
-    if args.tiny:
-        moe = [((40, 24, 3, 2), 48, "zipf")]
-        plan = [lambda: products_case(clock, (64, 32, 3, 2), 24, True),
-                lambda: frozen_case(clock, (64, 32, 3, 2), 24, True),
-                lambda: conversion_case(clock, (1, 16, 64)), lambda: movement_case(clock, 48, 40, 3, 2, True),
-                lambda: projector_case(clock, "tiny", (1, 4, 2, 16, 24, 32))]  # fmt: skip
-    else:
-        tokens = [int(t) for t in args.tokens.split(",")]
-        moe = [(mlp_cases.BENCH[s], t, r) for t in tokens for s in args.shapes.split(",") for r in ("balanced", "zipf")]
-        plan = [
-            lambda: products_case(clock, mlp_cases.BENCH["20b"], 8192, False),
-            lambda: frozen_case(clock, mlp_cases.BENCH["20b"], 8192, False),
-            lambda: conversion_case(clock, (32, 5760, 2880)),
-            lambda: movement_case(clock, 8192, 2880, 32, 4, False),
-        ]
-        plan += [lambda n=n, s=s: projector_case(clock, n, s) for n, s in projector_cases.BENCH.items()]
-    plan = [lambda m=m: moe_case(clock, m[0], m[1], m[2], args.tiny) for m in moe[:2]] + plan + [
-        lambda m=m: moe_case(clock, m[0], m[1], m[2], args.tiny) for m in moe[2:]
-    ]  # fmt: skip
+    plan = [(kind, case) for kind, case in cases(clock, args) if not args.only or kind in args.only.split(",")]
     ceiling = ceilings(clock, args.tiny)
-    results, left_out = [], 0
-    for case in plan:
+    results, left_out, failed = [], 0, 0
+    for kind, case in plan:
         if time.monotonic() > deadline:
             left_out += 1
             continue
         try:
             results.append(case())
-        except torch.OutOfMemoryError as error:
-            results.append({"case": "out of memory", "forward": {"all": {"not_run": str(error).splitlines()[0][:200]}}})
+        except Exception as error:  # a failed case is named, and the others are still measured
+            failed += not isinstance(error, torch.OutOfMemoryError)
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            results.append({"case": f"{kind}, failed", "forward": {"all": {"not_run": why}}})
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         write(args.out, results, ceiling, left_out)
     write(args.out, results, ceiling, left_out)
     print(report(results, ceiling))
-    print(f"{left_out} cases did not fit in {args.seconds:g} s")
-    return 0
+    print(f"{left_out} cases did not fit in {args.seconds:g} s; {failed} failed")
+    return 1 if failed else 0
+
+
+def cases(clock: Clock, args: argparse.Namespace) -> list[tuple[str, Callable[[], dict]]]:
+    """What is measured, the most wanted first."""
+    if args.tiny:
+        return [
+            ("moe", lambda: moe_case(clock, (40, 24, 3, 2), 48, "zipf", True)),
+            ("products", lambda: products_case(clock, (64, 32, 3, 2), 24, True)),
+            ("frozen", lambda: frozen_case(clock, (64, 32, 3, 2), 24, True)),
+            ("conversions", lambda: conversion_case(clock, (1, 16, 64))),
+            ("movement", lambda: movement_case(clock, 48, 40, 3, 2, True)),
+            ("projector", lambda: projector_case(clock, "tiny", (1, 4, 2, 16, 24, 32))),
+        ]
+    shapes, tokens = args.shapes.split(","), [int(t) for t in args.tokens.split(",")]
+    moe = [
+        ("moe", lambda s=s, t=t, r=r: moe_case(clock, mlp_cases.BENCH[s], t, r, False))
+        for t in tokens
+        for s in shapes
+        for r in ("balanced", "zipf")
+    ]
+    others = [
+        ("products", lambda: products_case(clock, mlp_cases.BENCH["20b"], 8192, False)),
+        ("frozen", lambda: frozen_case(clock, mlp_cases.BENCH["20b"], 8192, False)),
+        ("conversions", lambda: conversion_case(clock, (32, 5760, 2880))),
+        ("movement", lambda: movement_case(clock, 8192, 2880, 32, 4, False)),
+        *(("projector", lambda n=n, s=s: projector_case(clock, n, s)) for n, s in projector_cases.BENCH.items()),
+    ]
+    return [*moe[:2], *others, *moe[2:]]
 
 
 def report(results: list[dict], ceiling: dict[str, float]) -> str:

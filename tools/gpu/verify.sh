@@ -10,6 +10,7 @@
 #   --again        forget what is done
 #   --rehearse     the same steps at toy size in Triton's interpreter, on a machine without a GPU: shows that the script
 #                  runs, and nothing about a GPU
+#   CASES=a,b      in the environment: only these kinds of benchmark cases
 #
 # Exit code: 0 every step passed or had a reason not to run, 1 a step failed, 2 wrong usage or no GPU.
 set -uo pipefail
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
     --only) only=$2; shift 2 ;;
     --again) again=1; shift ;;
     --rehearse) rehearse=1; shift ;;
-    -h|--help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "verify.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -96,7 +97,7 @@ if nvcc.find() is None:
 print(nvcc.load(cuda.SOURCE))"
 step tests 240 "$python" -m pytest -p no:cacheprovider "$tests" -q -x --timeout 200 --junitxml "$state/tests.xml"
 if passed tests; then
-  step bench 300 "$python" kernels/bench.py --out "$state" ${rehearse:+--tiny} --seconds $(( $(left) > 150 ? 200 : 60 ))
+  step bench 300 "$python" kernels/bench.py --out "$state" ${rehearse:+--tiny} ${CASES:+--only "$CASES"} --seconds $(( $(left) > 150 ? 200 : 60 ))
 else
   case ",$only," in *",bench,"*) note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0 ;; esac
 fi

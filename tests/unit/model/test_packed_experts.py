@@ -60,8 +60,16 @@ def outcome(experts, dtype):
     return out.detach(), rows.grad, weights.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["grouped", "reference", "bf16", "fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("grouped", torch.bfloat16),
+        ("reference", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp8", torch.float32),
+        ("mxfp4", torch.float32),
+    ],
+)
 def test_packed_experts_give_to_the_bit_what_the_unpacked_ones_give(one_process, name, dtype):
     packed = build(one_process, packed=True, experts=name, dtype=dtype)
     plain = build(one_process, packed=False, experts="grouped" if name == "reference" else name, dtype=dtype)

@@ -246,7 +246,7 @@ def evaluate(
         endpoint=endpoint,
         tokenizer=tokenizer,
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert),
-        protocols=protocol or ["chat-likelihood"],
+        protocols=protocol or [],
         limit=limit,
         controls=controls,
         text_only=text_only,

@@ -12,7 +12,10 @@ from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import ParallelConfig
-from megatron_medgpt.evaluate.scorers import GENERATIVE, PROTOCOLS
+from megatron_medgpt.evaluate.engine import MAX_NEW_TOKENS, EndpointEngine
+from megatron_medgpt.evaluate.scorers import GENERATIVE, PROTOCOLS, default_protocol
+from megatron_medgpt.evaluate.tasks import load_task
+from megatron_medgpt.evaluate.tasks.question import Task
 from megatron_medgpt.parallel.launch import launched, run_ranks
 
 CHECKPOINT_NEW_TOKENS = 64
@@ -27,6 +30,7 @@ class Evaluation:
     data: Path
     out: Path
     protocols: tuple[str, ...]
+    """The set's usual one for the engine where none is named."""
     controls: tuple[str, ...]
     limit: int | None = None
 
@@ -42,7 +46,7 @@ def evaluate_model(
     endpoint: str | None = None,
     tokenizer: Path | None = None,
     parallel: ParallelConfig | None = None,
-    protocols: Sequence[str] = ("chat-likelihood",),
+    protocols: Sequence[str] = (),
     limit: int | None = None,
     controls: bool = True,
     text_only: bool = False,
@@ -60,7 +64,7 @@ def evaluate_model(
 
     Args:
         out: the evaluation file; with several protocols ``NAME.json`` becomes ``NAME.PROTOCOL.json`` for each.
-        protocols: names, or several in one text with commas between.
+        protocols: names, or several in one text with commas between; the set's usual one when none is given.
         controls: also with a blank and with a shuffled picture. ``text_only``: also without any.
         reader: ``dali`` or ``pillow`` for the pictures of a checkpoint; DALI where it is installed when ``auto``.
         reasoning_effort: of a Hugging Face folder or an endpoint; a checkpoint answers without thinking.
@@ -89,8 +93,6 @@ def evaluate_model(
             reader=reader, max_new_tokens=max_new_tokens or CHECKPOINT_NEW_TOKENS,
         )  # fmt: skip
         return 0
-    from megatron_medgpt.evaluate.engine import MAX_NEW_TOKENS, EndpointEngine
-
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS, "reasoning_effort": reasoning_effort
     }  # fmt: skip
@@ -110,7 +112,7 @@ def _named(protocols: Sequence[str], engine: str) -> tuple[str, ...]:
     """Protocol names in order, each once; refused before anything is loaded."""
     names = [name.strip() for text in protocols for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in PROTOCOLS]
-    if unknown or not names:
+    if unknown or (protocols and not names):
         raise UsageError(f"--protocol {', '.join(unknown) or 'is empty'}; allowed: {', '.join(PROTOCOLS)}")
     unserved = [name for name in names if engine == "--endpoint" and name not in GENERATIVE]
     if unserved:
@@ -157,12 +159,12 @@ def _with_checkpoint(
 def _run(evaluation: Evaluation, engine: Any, *, writes: bool = True) -> None:
     from megatron_medgpt.evaluate.command import run_eval
     from megatron_medgpt.evaluate.gallery import write_gallery
-    from megatron_medgpt.evaluate.tasks import load_task
 
     task = load_task(evaluation.task, evaluation.data)
-    for protocol in evaluation.protocols:
+    protocols = evaluation.protocols or (_usual(task, engine),)
+    for protocol in protocols:
         started = time.perf_counter()
-        out = result_path(evaluation.out, protocol, of=evaluation.protocols)
+        out = result_path(evaluation.out, protocol, of=protocols)
         summary, items = run_eval(
             task, evaluation.data, out, engine=engine, protocol=protocol, controls=evaluation.controls,
             limit=evaluation.limit, writes=writes, report=_progress if writes else None,
@@ -170,6 +172,12 @@ def _run(evaluation: Evaluation, engine: Any, *, writes: bool = True) -> None:
         if writes:
             write_gallery(items, out.with_suffix(".gallery.json"))
             print(f"{_sentence(summary)}, {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _usual(task: Task, engine: Any) -> str:
+    """What is asked where no protocol is named: option likelihoods in training's form where the engine has them."""
+    usual = default_protocol(task.questions)
+    return "chat-likelihood" if usual == "letter" and not isinstance(engine, EndpointEngine) else usual
 
 
 def result_path(out: Path, protocol: str, *, of: Sequence[str]) -> Path:

@@ -86,7 +86,12 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
             with gradio.Column():
                 upload = gradio.UploadButton("Open an image (DICOM, JPEG, PNG)", file_count="single", variant="primary")
                 shown = gradio.Image(
-                    label="What the model sees", interactive=False, format="png", type="pil", height=420
+                    label="What the model sees",
+                    interactive=False,
+                    format="png",
+                    type="pil",
+                    height=420,
+                    buttons=["fullscreen"],
                 )
                 facts = gradio.Textbox(label="Picture", value="none yet", interactive=False)
             with gradio.Column():

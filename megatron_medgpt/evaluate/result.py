@@ -6,6 +6,7 @@ in the final channel) is wrong and counted in ``failed``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_medgpt.evaluate.tasks.question import Question, Task
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_240
+LONGEST_REASON, MOST_REASONS = 120, 8
 DRAWS_AT_ONCE = 1 << 18
 
 
@@ -77,11 +79,24 @@ def summarise(task: Task, protocol: str, items: Sequence[Item]) -> dict[str, Any
     if scored:
         summary["token_f1"] = rounded(sum(verdict.f1 or 0 for verdict in scored) / len(items))
         summary["token_recall"] = rounded(sum(verdict.recall or 0 for verdict in scored) / len(items))
+    if summary["failed"]:
+        summary["failed_reasons"] = _reasons(items)
     if protocol == "report":
         summary["text"] = text_figures([item.question.answer for item in items], [item.output for item in items])
     if task.notes:
         summary["notes"] = list(task.notes)
     return summary
+
+
+def _reasons(items: Iterable[Item]) -> dict[str, int]:
+    """Why questions have no answer, the most frequent first; the names of questions and files are taken out."""
+    reasons: dict[str, int] = {}
+    for item in items:
+        if item.verdict is None:
+            words = str(item.error or "no answer").replace(item.question.question_id, "...")
+            reason = re.sub(r"\S*/\S*", "FILE", words)[:LONGEST_REASON]
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_REASONS])
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, dict[str, Any]]:

@@ -53,6 +53,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
     counts = {
         "questions": result["n"], "right": result.get("correct"), "without an answer (wrong)": result.get("failed"),
         "read by similarity only": result.get("unparsed"), "cut at the token limit": result.get("truncated"),
+        **{f"no answer: {reason}": n for reason, n in (result.get("failed_reasons") or {}).items()},
         **{f"problem: {kind.replace('_', ' ')}": n for kind, n in (result.get("problems") or {}).items()},
     }  # fmt: skip
     return {

@@ -52,14 +52,14 @@ PIECES = st.sampled_from(
 OUTPUTS = st.lists(PIECES, max_size=9).map("".join) | st.text(max_size=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(output=OUTPUTS, answer=st.sampled_from(["yes", "No", "left lung", "B", "", "ß"]), closed=st.booleans())
 def test_generated_short_answers_agree_with_the_second_statement(output, answer, closed):
     ours = score_short(answer, output, closed=closed)
     assert (ours.correct, ours.f1, ours.recall) == pytest.approx(second.short(answer, output, closed))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     text=st.lists(
         st.sampled_from(["<|channel|>", "final", "analysis", "<|message|>", "<|end|>", "<|return|>", "<|start|>",

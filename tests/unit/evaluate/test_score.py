@@ -43,6 +43,7 @@ def test_what_was_not_answered_is_wrong_and_counted(folder, tmp_path):
     answers |= {"P_0001": "", "P_0002": None, "P_0003": "<|channel|>analysis<|message|>It could be", "elsewhere": "x"}
     result = score("omnimedvqa", folder, write_predictions(tmp_path / "p.jsonl", answers), "letter")
     assert (result["n"], result["correct"], result["failed"]) == (16, 12, 4)
+    assert result["failed_reasons"] == {"empty answer": 1, "no final channel": 1, "no prediction": 1, "no text": 1}
     assert result["predictions"]["missing"] == 1
     assert result["predictions"]["unknown_ids"] == 1
 

@@ -60,7 +60,7 @@ def evaluation(task="phantoms", protocol="letter", **more):
         "by_modality": {"CT": cell}, "by_question_type": {"Place": cell, "Shape": cell},
         "by_modality_and_question_type": {"CT": {"Place": cell}}, "unparsed": 1, "failed": 2, "truncated": 0,
         "ci95": [0.5, 0.9], "chance": 0.25, "problems": {"missing_image": 2}, "controls": {"blank_image": 0.26},
-        "controls_ci95": {"blank_image": [0.2, 0.3]}, "engine": "step-3",
+        "controls_ci95": {"blank_image": [0.2, 0.3]}, "engine": "step-3", "failed_reasons": {"empty answer": 2},
     } | more  # fmt: skip
 
 
@@ -107,7 +107,8 @@ def test_the_page_is_well_formed_and_complete(run):
     assert page.open == []
     said = " ".join(" ".join(page.text).split())
     for words in ("75.0%", "Blank image", "26.0%", "TP2", "1,234", "3 truncated", "all but language", "150 of 150",
-                  "250 of 300", "problem: missing image", "without an answer (wrong)", "Where <here>?", "0.88",
+                  "250 of 300", "problem: missing image", "no answer: empty answer",
+                  "without an answer (wrong)", "Where <here>?", "0.88",
                   "not for clinical use", "0:01:01"):  # fmt: skip
         assert words in said, words
 

@@ -12,7 +12,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_medgpt.config.schema import LanguageConfig, ModelConfig
-from megatron_medgpt.parallel.flops import language_flops_per_token, projector_flops_per_image, vision_flops_per_image
+from megatron_medgpt.parallel.flops import (
+    language_flops_per_token,
+    projector_flops_per_image,
+    training_flops,
+    vision_flops_per_image,
+)
 from megatron_medgpt.parallel.hardware import Accelerator
 from megatron_medgpt.parallel.memory import GRADIENT_BYTES, MXFP4_BYTES, rank_parameters
 from megatron_medgpt.parallel.plan import Layout
@@ -207,8 +212,10 @@ def step_seconds(model: ModelConfig, layout: Layout, gpu: Accelerator, work: Wor
     )
     total = pipeline_s + data_parallel + optimizer_s
     rows = work.global_batch_rows
-    flops = 3.0 * rows * work.sequence_length * language_flops_per_token(
-        model.language, work.document_length or work.sequence_length
+    flops = training_flops(
+        model, num_tokens=rows * work.sequence_length, num_images=rows * work.images_per_row,
+        document_length=work.document_length or work.sequence_length, frozen=work.frozen,
+        target_share=work.target_share,
     )  # fmt: skip
     busy = num_micro_batches * (busiest.forward + busiest.backward)
     return StepSeconds(

@@ -38,17 +38,24 @@ def projector_flops_per_image(config: ModelConfig) -> float:
 
 
 def training_flops(
-    config: ModelConfig, *, num_tokens: float, num_images: float, document_length: int, frozen: tuple[str, ...] = ()
-) -> float:
+    config: ModelConfig, *, num_tokens: float, num_images: float, document_length: int, frozen: tuple[str, ...] = (),
+    target_share: float = 1.0,
+) -> float:  # fmt: skip
     """FLOPs of forward and backward over ``num_tokens`` positions and ``num_images`` images.
 
     A frozen encoder has no backward. A frozen language model still passes gradients down to the projector, so it
-    costs one backward (inputs) instead of two (inputs and weights).
+    costs one backward (inputs) instead of two (inputs and weights); so do frozen experts. Only positions that are
+    targets (``target_share``) go through the head.
     """
-    language = 3.0 - (1.0 if {"language", "experts"} <= set(frozen) else 0.0)
+    c = config.language
+    experts = c.num_layers * c.num_experts_per_token * 6.0 * c.hidden_size * c.expert_hidden_size
+    head = 2.0 * c.hidden_size * c.vocab_size
+    dense = language_flops_per_token(c, document_length) - experts - head
+    dense_passes, expert_passes = (2.0 if name in frozen else 3.0 for name in ("language", "experts"))
+    language = dense_passes * (dense + target_share * head) + expert_passes * experts
     encoder = 1.0 if "encoder" in frozen else 3.0
     return (
-        language * num_tokens * language_flops_per_token(config.language, document_length)
+        language * num_tokens
         + encoder * num_images * vision_flops_per_image(config.vision)
         + 3.0 * num_images * projector_flops_per_image(config)
     )

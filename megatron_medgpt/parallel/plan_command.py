@@ -155,7 +155,7 @@ def _step_flops(request: Request) -> float:
     return training_flops(
         request.model, num_tokens=request.global_batch_rows * request.sequence_length,
         num_images=request.global_batch_rows * request.images_per_row, document_length=request.sequence_length,
-        frozen=request.frozen,
+        frozen=request.frozen, target_share=request.target_share,
     )  # fmt: skip
 
 
@@ -188,12 +188,12 @@ def _stage_rows(best: Candidate, request: Request) -> list[str]:
     columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
     lines = [
         f"stages of {best.describe()}, GiB a GPU:",
-        f"{'stage':>5}{'parameters':>14}" + "".join(f"{name:>13}" for name in columns) + f"{'ms/micro-batch':>16}",
+        f"{'stage':>5}{'parameters':>16}" + "".join(f"{name:>13}" for name in columns) + f"{'ms/micro-batch':>16}",
     ]
     parameters = stage_parameters(best, request.model)
     for rank, (memory, seconds) in enumerate(zip(best.memory, best.step.stages)):
         cells = "".join(f"{getattr(memory, name) / GIB:>13.1f}" for name in columns)
-        lines.append(f"{rank:>5}{parameters[rank]:>14,}{cells}{1000 * (seconds.forward + seconds.backward):>16.1f}")
+        lines.append(f"{rank:>5}{parameters[rank]:>16,}{cells}{1000 * (seconds.forward + seconds.backward):>16.1f}")
     return lines
 
 
@@ -212,7 +212,11 @@ def _time_lines(best: Candidate, request: Request) -> list[str]:
         f"data to read: {step.images_per_s:,.0f} images/s; {_step_flops(request) / 1e15:,.1f} PFLOP a step",
         f"with uneven routing, stragglers and jitter (simulated): {uneven.tokens_per_s_per_gpu:,.0f} tok/s/GPU",
         f"efficiency {request.efficiency:.0%} of the sustained {request.gpu.sustained_flops / 1e12:.0f} TFLOP/s: "
-        "calibrated on published runs of other stacks; measure yours and pass --efficiency",
+        + (
+            "calibrated on published runs of other stacks; measure yours and pass --efficiency"
+            if request.efficiency == EFFICIENCY[request.gpu.generation]
+            else "as given"
+        ),
     ]
 
 

@@ -17,7 +17,7 @@ from megatron_medgpt.config.errors import MedgptError, WorkError
 from megatron_medgpt.convert import command
 from megatron_medgpt.convert.safetensor import SafetensorsFolder, SafetensorsWriter, TensorSpec, read_json
 from megatron_medgpt.convert.stream import PART_BYTES, staged_folder
-from tests.published_models import CLIP, random_weights, write_folder, write_gpt_oss
+from tests.published_models import CLIP, on_mxfp4_grid, random_weights, write_folder, write_gpt_oss
 from tests.small_data import small_tokenizer
 
 _THREADS = 1
@@ -156,3 +156,19 @@ def test_a_damaged_folder_is_one_line_and_an_exit_code_and_stays_as_it_is(tmp_pa
     assert said in str(raised.value) and "\n" not in str(raised.value)
     assert {path.name: hashlib.sha256(path.read_bytes()).digest() for path in published.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_inspect_tells_what_an_imported_checkpoint_was_made_of_without_reading_its_tensors(tmp_path):
+    published = write_gpt_oss(tmp_path / "published", CLIP, on_mxfp4_grid(random_weights(CLIP)), experts="mxfp4")
+    command.hf_to_megatron(published, tmp_path / "out", new_vision="tiny-clip", keep_packed=True)
+    for path in (tmp_path / "out").glob("*.distcp"):  # the same size, nothing of what was in it
+        path.write_bytes(bytes(path.stat().st_size))
+    tool = Path(__file__).parents[2] / "tools" / "convert" / "inspect_checkpoint.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), str(tmp_path / "out")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"imported  language: {published} (gpt_oss, MXFP4 experts)" in done.stdout
+    assert "imported  vision: new tiny-clip, random weights, seed 1234" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "mlp.experts.down_blocks" in line)
+    assert line.split()[1:3] == ["uint8", "2x8x64x2x16"]

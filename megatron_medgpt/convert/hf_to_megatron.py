@@ -133,9 +133,9 @@ def plan_import(
     specs: dict[str, TensorSpec] = {}
     for piece in pieces:
         specs.update(to_ours_specs(piece.rows, piece.source, DTYPES[dtype]))
+    _check_shapes(config, specs, keep_packed)
     if dtype == "same":
         specs = _one_dtype_a_stack(specs)
-    _check_shapes(config, specs, keep_packed)
     return ImportPlan(
         config=config, pieces=tuple(pieces), specs=specs, dtype=DTYPES[dtype], unused=tuple(unused),
         origins=dict(zip(("language", "vision", "projector"), (piece.origin for piece in pieces))),

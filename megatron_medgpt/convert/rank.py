@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medgpt.checkpoint import state
-from megatron_medgpt.checkpoint.load import load_checkpoint
+from megatron_medgpt.checkpoint.load import holds_packed_experts, load_checkpoint
 from megatron_medgpt.config.schema import KernelConfig
 from megatron_medgpt.convert.layout import packed
 from megatron_medgpt.convert.logits import Prompt, config_of_task
@@ -78,8 +78,9 @@ def run_prompts(chunks: Sequence[Any], layout: Layout, groups: Any, batch: MedBa
 
 
 def load_weights_of(checkpoint: Path | str, chunks: Sequence[Any], groups: Any) -> None:
-    """Load a checkpoint's weights into the chunks of this rank."""
-    loaded, _ = load_checkpoint(checkpoint, state.model_state(chunks, groups), weights_only=True)
+    """Load a checkpoint's weights into the chunks of this rank; MXFP4 experts are unpacked."""
+    places = state.model_state(chunks, groups, packed_experts=holds_packed_experts(checkpoint))
+    loaded, _ = load_checkpoint(checkpoint, places, weights_only=True)
     state.load_weights(chunks, loaded)
 
 

@@ -20,6 +20,7 @@ from megatron_medgpt.convert.assets import write_processor
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
 from megatron_medgpt.convert.llava import canonical_name, llava_table
 from megatron_medgpt.convert.logits import (
+    FP32_BOUND,
     Comparison,
     compare_logits,
     make_prompts,
@@ -31,6 +32,12 @@ from megatron_medgpt.convert.mxfp4 import dequantise, quantise
 from megatron_medgpt.convert.rank import batch_of_prompts, load_weights_of, quantise_experts, round_weights, run_prompts
 from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.data.text import Tokenizer, Turn
+from megatron_medgpt.evaluate.forward import LayoutForward
+from megatron_medgpt.evaluate.from_checkpoint import image_spec
+from megatron_medgpt.evaluate.hugging_face import HuggingFaceLikelihoodEngine
+from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
+from megatron_medgpt.evaluate.tasks import load_task
+from megatron_medgpt.ingest.phantom_study import make_phantoms
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel.plan import make_layout
 from megatron_medgpt.types import ImageSpec
@@ -148,6 +155,25 @@ def test_the_exported_folder_answers_through_processor_and_chat_template(exporte
     answer = model.generate(**inputs, max_new_tokens=3)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
     assert processor._get_num_multimodal_tokens([(90, 40)])["num_image_tokens"] == [exported.config.tokens_per_image]
+
+
+def test_an_export_gives_every_option_of_a_question_the_likelihood_that_its_checkpoint_does(clip, tmp_path):
+    """Pictures, documents and scores by both engines; a mean cross-entropy moves by at most twice the logits."""
+    files = make_phantoms(tmp_path / "phantoms", num_train=1, num_validation=1, num_test=16)
+    questions = load_task("phantoms", files.questions).questions[:10]
+    image = image_spec(clip.config)
+    ours = LikelihoodEngine(
+        LayoutForward(clip.ours(), clip.groups, torch.device("cpu")), tokenizer=clip.tokenizer, image=image,
+        sequence_length=512, num_rows=2, source=PixelSource(image, "pillow"),
+    )  # fmt: skip
+    found, expected = (
+        {p.question_id: p.option_losses for p in engine.answers(questions, "chat-likelihood")}
+        for engine in (ours, HuggingFaceLikelihoodEngine(clip.hf))
+    )
+    assert found.keys() == expected.keys() == {question.question_id for question in questions}
+    for name, losses in expected.items():
+        assert len(losses) == 4 and max(losses) - min(losses) > 1e-3
+        assert np.abs(np.subtract(found[name], losses)).max() <= 2 * FP32_BOUND
 
 
 def test_the_language_model_alone_is_a_gpt_oss_folder(clip):

@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--unpack", action="store_true", help="MXFP4 to a bf16 checkpoint and back to MXFP4")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--state", choices=("cold", "warm"), action="append", help="both when not given")
     parser.add_argument("--step", choices=("make", "import", "export"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work, packed = arguments.work, arguments.dtype == "mxfp4" and not arguments.unpack
@@ -132,7 +133,7 @@ def main() -> None:
     nothing = [sys.executable, "-c", "import megatron_medgpt.convert.command"]
     rows.append(measure("start-up", nothing, work / "tokenizer", 0, cold=False))
     copy = ["cp", "-r", str(source), str(copied)]
-    for cold in (True, False):
+    for cold in [state == "cold" for state in arguments.state or ("cold", "warm")]:
         rows.append(measure("cp", copy, source, num_bytes, cold=cold))
         shutil.rmtree(copied)
         rows.append(measure("hf-to-megatron", [*again, "import"], source, num_bytes, cold=cold))

@@ -91,6 +91,7 @@ def as_text(path: Path, manifest: Manifest, tensors: dict[str, StoredTensor], *,
         f"  optimizer {'not stored' if facts.optimizer_step is None else f'after {facts.optimizer_step} steps'}",
         f"  layout    {degrees}",
         f"  lineage   {' -> '.join(facts.lineage) or 'none'}",
+        *(f"  imported  {part}: {origin}" for part, origin in facts.extra.get("origins", {}).items()),
         f"  versions  {', '.join(f'{name} {version}' for name, version in facts.versions.items())}",
         f"  files     {len(manifest.files)}, {size / 1e6:.1f} MB, digest {manifest.digest[:16]}"
         + (", every sha256 right" if verified else " (contents not checked; --verify does)"),

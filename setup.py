@@ -32,10 +32,7 @@ CORE = [
 EXTRAS = {
     "cuda": ["triton"],
     "dali": ["nvidia-dali-cuda130"],  # decodes on the CPU too
-    "http": [
-        "fsspec[http]",
-        "urllib3",
-    ],  # inputs on web servers; other storages have packages of their own (s3fs, gcsfs)
+    "http": ["fsspec[http]", "urllib3"],  # web servers; other storages have packages of their own (s3fs, gcsfs)
     "parquet": ["pyarrow"],  # question sets that ship as parquet (VQA-RAD, PathVQA)
     # Whole slides. LGPL-2.1 as a library of its own, loaded at run time.
     "slides": ["openslide-python", "openslide-bin"],

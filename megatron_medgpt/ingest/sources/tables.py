@@ -47,7 +47,7 @@ def read_rows(place: Path | str) -> Iterator[dict[str, Any] | str]:
         try:
             yield from reader(file)
         except (OSError, ValueError, RecursionError, csv.Error) as error:
-            raise UsageError(f"{place} cannot be read: {error}") from error
+            raise UsageError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
 
 
 class _Refused(dict):

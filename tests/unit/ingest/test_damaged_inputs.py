@@ -1,0 +1,205 @@
+"""Bytes changed at random: every reader gives records, or one of our errors; never another, never a long wait.
+
+A smoke form runs with the other tests (the same cases every time). ``MEDGPT_FUZZ_CASES=2000`` runs as many new cases
+for each reader.
+"""
+
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from medical_files import dicom, encoded, picture
+from tars import tar_of
+
+from megatron_medgpt.config.errors import MedgptError
+from megatron_medgpt.data.picture import PictureError, canonical
+from megatron_medgpt.data.shards import Dataset, verify
+from megatron_medgpt.ingest.command import run_ingest
+from megatron_medgpt.ingest.decode import decode
+from megatron_medgpt.ingest.sources import open_source
+
+CASES = int(os.environ.get("MEDGPT_FUZZ_CASES", 0))
+MEMORY_BYTES = 1 << 30
+"""What a reader may take beyond what the process has."""
+fuzz = settings(
+    max_examples=CASES or 40, deadline=2000, derandomize=not CASES, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+PNG, JPEG = encoded("PNG", picture(20, 20)), encoded("JPEG", picture(24, 16))
+ROWS = [{"id": f"r{k}", "image": f"{k}.png", "caption": f"A läsion, number {k}."} for k in range(4)]
+DIALOGUE = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": "!"}]  # fmt: skip
+MCQ = {"image": "a", "question": "Where?", "option_A": "left", "option_B": "right", "answer": "B"}
+
+
+def parquet_bytes():
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    out = pyarrow.BufferOutputStream()
+    table = pyarrow.table(
+        {"image": [{"bytes": PNG, "path": "x"}] * 3, "question": ["a", "b", "c"], "answer": ["d"] * 3}
+    )
+    parquet.write_table(table, out, write_page_checksum=True)
+    return out.getvalue().to_pybytes()
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+MEMBERS = [("a.png", PNG), ("a.txt", b"x"), ("b/c.jpg", JPEG), ("b/c.json", json.dumps(DIALOGUE).encode())]
+TABLES = {
+    "caption.jsonl": lambda: jsonl(ROWS),
+    "llava.json": lambda: json.dumps([{"id": k, "image": "a", "conversations": DIALOGUE} for k in "abc"]).encode(),
+    "messages.jsonl": lambda: jsonl([{"messages": MESSAGES, "images": ["a"]}] * 2),
+    "mcq.json": lambda: json.dumps([MCQ, MCQ]).encode(),
+    "caption.csv": lambda: b'image,caption\na.png,"x, ""y"""\nb.png,z\n',
+    "vqa.tsv": lambda: "image\tquestion\tanswer\na.png\tä?\tb\n".encode(),
+    "vqa.parquet": parquet_bytes,
+    "set.tar": lambda: tar_of(MEMBERS),
+    "long.tar": lambda: tar_of([("n" * 150 + ".png", PNG), ("n" * 150 + ".txt", b"x")], format=2),
+    "set.tar.gz": lambda: tar_of(MEMBERS, mode="w:gz"),
+}  # fmt: skip
+
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("flip"), st.floats(0, 1), st.integers(0, 7)),
+        st.tuples(st.just("set"), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
+        st.tuples(st.just("cut"), st.floats(0, 1), st.integers(1, 600)),
+        st.tuples(st.just("repeat"), st.floats(0, 1), st.integers(1, 600)),
+        st.tuples(st.just("insert"), st.floats(0, 1), st.binary(min_size=1, max_size=40)),
+        st.tuples(st.just("end"), st.floats(0, 1), st.just(0)),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+def changed(content, changes):
+    content = bytearray(content)
+    for kind, place, what in changes:
+        at = int(place * max(len(content) - 1, 0))
+        if kind == "flip" and content:
+            content[at] ^= 1 << what
+        elif kind == "set":
+            content[at : at + len(what)] = what
+        elif kind == "cut":
+            del content[at : at + what]
+        elif kind == "repeat":
+            content[at:at] = content[at : at + what]
+        elif kind == "insert":
+            content[at:at] = what
+        elif kind == "end":
+            del content[at:]
+    return bytes(content)
+
+
+@contextmanager
+def little_memory():
+    """A MemoryError for whoever asks for more than the cap."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_table_or_archive_gives_records_or_our_error(tmp_path_factory, name, changes):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(changed(_whole(name), changes))
+    with little_memory():
+        try:
+            records = list(open_source(path).read())
+        except MedgptError as error:
+            assert "\n" not in str(error).strip()
+            return
+    assert [record.number for record in records] == list(range(len(records)))
+    assert all(record.problem or (record.turns and record.source_id) for record in records)
+
+
+_WHOLE = {}
+
+
+def _whole(name):
+    if name not in _WHOLE:
+        _WHOLE[name] = TABLES[name]()
+    return _WHOLE[name]
+
+
+FILES = {
+    "jpeg": lambda: JPEG, "progressive jpeg": lambda: encoded("JPEG", picture(24, 16), progressive=True),
+    "png": lambda: PNG, "palette png": lambda: encoded("PNG", picture(mode="P")),
+    "dicom": lambda: dicom(__import__("numpy").arange(256, dtype="uint16").reshape(16, 16)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FILES)
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_picture_is_decoded_or_refused_for_a_reason(name, changes):
+    if name not in _WHOLE:
+        _WHOLE[name] = FILES[name]()
+    content = changed(_WHOLE[name], changes)
+    with little_memory():
+        try:
+            taken = decode(content, allow_burned_in=True).picture
+        except PictureError as error:
+            assert error.reason
+            return
+    assert canonical(taken.encoded).encoded == taken.encoded  # what is taken would be taken again, unchanged
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, tokenizer_folder):
+    """A small ingested dataset and the bytes of its files."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(encoded("PNG", picture(20, 20, seed=k)))
+    (folder / "t.jsonl").write_bytes(jsonl(ROWS))
+    (folder / "key").write_bytes(b"k" * 32)
+    run_ingest(
+        [folder / "t.jsonl"], out=folder / "out", tokenizer=tokenizer_folder, key_file=folder / "key", workers=1,
+        records_per_shard=2, echo=lambda line: None,
+    )  # fmt: skip
+    return folder / "out"
+
+
+def read_all(folder):
+    opened = Dataset(folder)
+    return [
+        (s.token_ids.tolist(), s.target_spans_flat.tolist(), s.modality, s.sample_id,
+         [opened.image(key).tobytes() for key in s.image_keys])
+        for s in (opened[number] for number in range(len(opened)))
+    ]  # fmt: skip
+
+
+@fuzz
+@given(which=st.integers(0, 1000), changes=CHANGES)
+def test_a_damaged_dataset_is_refused_found_by_verify_or_read_as_it_was(dataset, which, changes):
+    whole = read_all(dataset)
+    names = sorted(p.name for p in dataset.iterdir() if p.name.startswith("shard-") or p.name == "dataset.json")
+    damaged = dataset.parent / "damaged"
+    shutil.copytree(dataset, damaged, dirs_exist_ok=True)
+    path = damaged / names[which % len(names)]
+    path.unlink()
+    path.write_bytes(changed((dataset / path.name).read_bytes(), changes))
+    with little_memory():
+        try:
+            read_all(damaged)
+            if list(verify(damaged)):
+                return
+        except MedgptError:
+            return
+        assert read_all(damaged) == whole

@@ -203,7 +203,7 @@ def _csv(file: IO[bytes], delimiter: str = ",") -> Iterator[dict[str, Any] | str
             else:
                 yield dict(row)
     except csv.Error as error:
-        raise ValueError(f"line {rows.line_num}: {error}; quote the field, or use JSONL") from error
+        raise ValueError(f"the record at line {rows.line_num + 1}: {error}; quote it, or use JSONL") from error
 
 
 def _tsv(file: IO[bytes]) -> Iterator[dict[str, Any] | str]:

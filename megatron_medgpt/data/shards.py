@@ -169,6 +169,7 @@ class _Shard:
     """One open shard, its structure checked."""
 
     def __init__(self, folder: Path, facts: ShardFacts) -> None:
+        self.name = f"{folder.name}/{facts.name}"
         self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
         self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
         self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r").view(np.ndarray)
@@ -204,7 +205,10 @@ class _Shard:
         return items[:tokens], items[tokens : tokens + targets], items[tokens + targets :].tolist()
 
     def sample_id(self, row: int) -> str:
-        return self.ids[row].decode("ascii").rstrip()
+        try:
+            return self.ids[row].decode("ascii").rstrip()
+        except UnicodeDecodeError as error:
+            raise WorkError(f"{self.name}.ids: id {row} is damaged; restore it or ingest again") from error
 
     def _meta(self, which: int) -> np.ndarray:
         return self.text.items[self.text.pointers[2::3] // 4 + which]

@@ -15,7 +15,7 @@ import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import JPEG2000TransferSyntaxes, RLELossless
 
@@ -30,8 +30,8 @@ from megatron_medgpt.ingest.identity import held_back
 _NO_PICTURES = ("1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.481.2")
 """Segmentations and radiotherapy doses have pixels, but are no pictures of a patient."""
 _UNREADABLE = (
-    InvalidDicomError, ValueError, TypeError, EOFError, OSError, KeyError, AttributeError, IndexError,
-    NotImplementedError, RecursionError, OverflowError,
+    InvalidDicomError, BytesLengthException, ValueError, TypeError, EOFError, OSError, KeyError, AttributeError,
+    IndexError, NotImplementedError, RecursionError, OverflowError,
 )  # fmt: skip
 
 jpeg12.register()
@@ -55,11 +55,13 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         num_frames = count_frames(ds)
         has_pixels = any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
         reason = held_back(ds)
+        has_no_picture = str(ds.get("SOPClassUID", "")).startswith(_NO_PICTURES)
+        ds.get("Modality"), ds.get("PhotometricInterpretation")  # an element is only read when it is asked for
     except _UNREADABLE as error:
         raise PictureError("truncated-or-corrupt") from error
     if not rows or not columns or not has_pixels:
         raise PictureError("dicom-without-image")
-    if str(ds.get("SOPClassUID", "")).startswith(_NO_PICTURES):
+    if has_no_picture:
         raise PictureError("dicom-without-image")
     check_size(columns, rows)
     if reason and not allow_burned_in:

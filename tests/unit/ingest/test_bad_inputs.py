@@ -124,7 +124,7 @@ def test_rows_of_a_csv_that_are_cut_or_no_utf_8_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b'image,caption\na.png,x\nb.png,"never closed\nc.png,y\nd.png,z\n', "the record at line 3: unexpected end"),
+        ("t.csv", b'image,caption\na.png,x\nb.png,"never closed\nc.png,y\nd.png,z\n', "record at line 3: unexpected"),
         ("t.csv", b"image,image\na,b\n", "two of its columns have one name"),
         ("t.json", b'[{"image": "a", "caption": "x"}, {"image"', "breaks off"),
         ("t.json", b'[{"image": "a", "caption": "x"}] []', "something stands behind its array"),

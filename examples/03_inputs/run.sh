@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Every kind of input, ingested, trained on for ten steps with a stop in between. Usage: run.sh [FOLDER [INPUT...]].
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-work/inputs}
+PATH="$here/../../.venv/bin:$PATH"
+inputs=("${@:2}")
+[ ${#inputs[@]} -gt 0 ] ||
+  inputs=(llava messages roco vqa_rad pmc_vqa slake omnimedvqa webdataset energon pairs dicom)
+
+mkdir -p "$out"
+cd "$out"
+medgpt phantoms --out phantoms --images 24 --questions 16
+python "$here/make_inputs.py" phantoms inputs
+python "$here/../../tools/data/train_tokenizer.py" phantoms/train/captions.jsonl phantoms/train/dialogues.json \
+  --out tokenizer --vocab-size 512
+
+ingest() { medgpt ingest "$@" --tokenizer tokenizer --key-file identity.key --workers 1; }
+for input in "${inputs[@]}"; do
+  case $input in
+    llava)      ingest inputs/llava/alignment.json --out data/llava ;;
+    messages)   ingest inputs/messages/chat.jsonl --out data/messages ;;
+    roco)       ingest inputs/roco/traindata.csv --image-root inputs/roco/images --out data/roco ;;
+    vqa_rad)    ingest inputs/vqa_rad --out data/vqa_rad ;;
+    pmc_vqa)    ingest inputs/pmc_vqa/train.csv --image-root inputs/pmc_vqa/images --out data/pmc_vqa ;;
+    slake)      ingest inputs/slake/train.json --out data/slake ;;
+    omnimedvqa) ingest inputs/omnimedvqa --out data/omnimedvqa ;;
+    webdataset) ingest "inputs/webdataset/train-{000000..000001}.tar" --out data/webdataset ;;
+    energon)    ingest inputs/energon --out data/energon ;;
+    pairs)      ingest inputs/pairs --out data/pairs ;;
+    dicom)      ingest inputs/dicom/reports.csv --image-root inputs/dicom/tree --out data/dicom ;;
+  esac
+done
+
+data=$(printf '{path: data/%s},' "${inputs[@]}")
+medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]" stages.mixed.num_steps=5
+medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]" # goes on with step 6

@@ -206,7 +206,7 @@ class _Shard:
 
     def sample_id(self, row: int) -> str:
         try:
-            return bytes(self.ids[row]).decode("ascii").strip()
+            return self.ids[row].decode("ascii").rstrip()
         except UnicodeDecodeError as error:
             raise WorkError(f"{self.name}.ids: id {row} is damaged; restore it or ingest again") from error
 

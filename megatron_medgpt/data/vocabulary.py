@@ -124,6 +124,15 @@ def from_sentencepiece(content: bytes, source: str, control_tokens: Sequence[str
     known = {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
     if not kinds <= known or model.trainer_spec.treat_whitespace_as_suffix:
         raise UsageError(f"tokenizer {source} has unused pieces or whitespace as suffix; neither can be expressed")
+    if _unknown_id(model) is None:
+        raise UsageError(f"tokenizer {source} has no piece for what it does not know")
+    try:
+        return _built(model, control_tokens)
+    except Exception as error:  # the library raises plain Exception on pieces and tables that contradict each other
+        raise UsageError(f"tokenizer {source} is a damaged sentencepiece model: {error}") from error
+
+
+def _built(model, control_tokens: Sequence[str]) -> bytes:
     backend = Tokenizer(_unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model))
     backend.normalizer = _normalizer(model.normalizer_spec)
     # A byte piece written out in a text must not become that byte.

@@ -21,6 +21,7 @@ from megatron_medgpt.ingest.sources.record import Inline
 from megatron_medgpt.ingest.sources.tables import parse_json
 
 META = ".nv-meta"
+_LARGEST_YAML_BYTES = 1 << 20
 _FIELDS = {
     "Captioning": {"image": "image", "caption": "caption"},
     "VQA": {"image": "image", "context": "question", "answers": "answer"},
@@ -40,7 +41,9 @@ def open_energon(folder: Path, split: str = "train") -> tuple[tuple[Path, ...], 
     """
     meta = _yaml(folder / META / "dataset.yaml")
     splits = _yaml(folder / META / "split.yaml")
-    kind = re.sub(r"(Webdataset|Sample)$", "", str((meta.get("sample_type") or meta).get("__class__", "")))
+    named = meta.get("sample_type", meta)
+    named = named.get("__class__") if isinstance(named, dict) else None
+    kind = re.sub(r"(Webdataset|Sample)$", "", named) if isinstance(named, str) else ""
     if "sample_loader" in meta:
         raise UsageError(
             f"{folder}/{META}/dataset.yaml wants its own code (sample_loader); give it a field_map, or name the tars"
@@ -49,10 +52,10 @@ def open_energon(folder: Path, split: str = "train") -> tuple[tuple[Path, ...], 
         allowed = ", ".join(f"{name}Sample" for name in (*_FIELDS, "Crude"))
         raise UsageError(f"{folder}/{META}/dataset.yaml has samples of {kind or 'no class'}; allowed: {allowed}")
     parts = splits.get("split_parts")
-    if not isinstance(parts, dict) or not isinstance(parts.get(split), list):
+    if not isinstance(parts, dict) or split not in parts:
         raise UsageError(f"{folder}/{META}/split.yaml has no part {split} under split_parts")
-    excluded = {name for given in splits.get("exclude") or () for name in expand(str(given))}
-    names = [name for given in parts[split] for name in expand(str(given)) if name not in excluded]
+    excluded = set(_names(folder, splits.get("exclude") or []))
+    names = [name for name in _names(folder, parts[split]) if name not in excluded]
     try:
         places = tuple(resolve_inside(folder, name) for name in names)
     except PictureError as error:
@@ -61,7 +64,7 @@ def open_energon(folder: Path, split: str = "train") -> tuple[tuple[Path, ...], 
     fields = _field_map(folder, kind, field_map) if kind != "Crude" and field_map is not None else None
     if kind != "Crude" and fields is None:
         raise UsageError(f"{folder}/{META}/dataset.yaml has no field_map; add one, e.g. image: jpg, caption: txt")
-    remark = f"Energon {kind}, part {split}, {len(places)} of {sum(map(len, parts.values()))} entries of its splits"
+    remark = f"Energon {kind}, part {split} of {', '.join(map(str, parts))}: {len(places)} tars"
     shard_names = dict(zip(places, names))
 
     def rows() -> Iterator[dict[str, Any] | str]:
@@ -81,9 +84,19 @@ def open_energon(folder: Path, split: str = "train") -> tuple[tuple[Path, ...], 
     return places, rows, remark
 
 
+def _names(folder: Path, listed: Any) -> list[str]:
+    # A name that is no string could be a nest of aliases, whose text is exponentially long.
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise UsageError(f"{folder}/{META}/split.yaml has something else than a list of names")
+    return [name for given in listed for name in expand(given)]
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(read_capped(resolve_inside(path.parent, path.name)))
+        content = read_capped(resolve_inside(path.parent, path.name))
+        if len(content) > _LARGEST_YAML_BYTES:
+            raise PictureError("file-too-large")
+        found = yaml.safe_load(content)
     except PictureError as error:
         raise UsageError(f"{path} cannot be read: {error.reason}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -98,10 +111,10 @@ def _field_map(folder: Path, kind: str, given: Any) -> dict[str, list[list[str]]
     fields = {}
     for name, ours in _FIELDS[kind].items():
         described = given.get(name) if isinstance(given, dict) else None
-        if described is None:
+        if not isinstance(described, str):
             raise UsageError(f"{folder}/{META}/dataset.yaml has no {name} in its field_map; a {kind}Sample needs it")
         ways = []
-        for way in str(described).split(","):
+        for way in described.split(","):
             match = _ACCESS.fullmatch(way.strip())
             if match is None:
                 raise UsageError(f"{folder}/{META}/dataset.yaml: field_map {name}: {described} is not ENDING[key][key]")

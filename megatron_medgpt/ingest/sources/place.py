@@ -6,6 +6,7 @@ import io
 import os
 import re
 import stat
+import time
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote, unquote
@@ -22,6 +23,8 @@ Place = Path | str
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(?:::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 _BRACES = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _MOST_PLACES = 100_000
+_PAUSES_S = (0.2, 1.0)
+"""Before a server that was busy is asked again."""
 
 
 def is_url(place: Place) -> bool:
@@ -119,19 +122,25 @@ def _read_local(root: Path, name: str) -> bytes:
 
 
 def _read_url(root: str, name: str) -> bytes:
-    url = url_inside(root, name)
-    try:
-        with fsspec.open(url, "rb").open() as file:
-            content = file.read(LARGEST_FILE_BYTES + 1)
-    except FileNotFoundError as error:
-        raise PictureError("missing-file") from error
-    except Exception as error:  # see open_place
-        raise PictureError("unreadable-file") from error
+    content = _fetched(url_inside(root, name))
     if len(content) > LARGEST_FILE_BYTES:
         raise PictureError("file-too-large")
     if not content:
         raise PictureError("empty-file")
     return content
+
+
+def _fetched(url: str, pauses_s: tuple[float, ...] = _PAUSES_S) -> bytes:
+    try:
+        with fsspec.open(url, "rb").open() as file:
+            return file.read(LARGEST_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise PictureError("missing-file") from error
+    except Exception as error:  # see open_place
+        if not pauses_s:
+            raise PictureError("unreadable-file") from error
+    time.sleep(pauses_s[0])
+    return _fetched(url, pauses_s[1:])
 
 
 def url_inside(root: str, name: str) -> str:

@@ -176,7 +176,7 @@ def test_an_energon_captioning_folder_is_read_by_its_split(tmp_path):
     splits = {"split_parts": {"train": ["shards/shard_{000..001}.tar"], "val": ["shards/shard_002.tar"]}, "exclude": []}
     meta = {**sample_type("CaptioningSample"), "field_map": {"image": "png,jpg", "caption": "txt"}}
     source = open_source(energon(tmp_path, tars, meta, splits))
-    assert "Energon Captioning, part train" in source.describe()
+    assert "Energon Captioning, part train of train, val: 2 tars" in source.describe()
     assert [record.turns[1].text for record in source.read()] == ["caption 0", "caption 1"]
 
 
@@ -226,6 +226,9 @@ def test_a_crude_energon_folder_is_its_tars(tmp_path):
         (sample_type("CrudeSample"), {"split_parts": {"train": ["../s.tar"]}}, "cannot be used: path-outside"),
         (sample_type("CrudeSample"), {"split_parts": {"train": ["none.tar"]}}, "cannot be used: missing-file"),
         ("text", {}, "is not a mapping"),
+        ({"sample_type": ["CaptioningSample"]}, {}, "has samples of no class"),
+        (sample_type("CrudeSample"), {"split_parts": {"train": [["s.tar"]]}}, "something else than a list of names"),
+        (sample_type("CrudeSample"), {"split_parts": ["train"]}, "has no part train"),
     ],
 )
 def test_an_energon_description_that_cannot_be_used_is_refused(tmp_path, meta, splits, message):
@@ -242,6 +245,20 @@ def test_an_energon_description_cannot_make_python_objects(tmp_path):
     with pytest.raises(UsageError, match="is not YAML"):
         open_source(folder)
     assert not os.path.exists("canary")
+
+
+def test_a_nest_of_aliases_in_an_energon_description_is_not_written_out(tmp_path):
+    nest = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    nest += "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12))
+    folder = energon(tmp_path, {"s.tar": [("k.jpg", JPEG)]}, {}, {"split_parts": {"train": ["s.tar"]}})
+    dataset, split = folder / ".nv-meta" / "dataset.yaml", folder / ".nv-meta" / "split.yaml"
+    dataset.write_text(nest + "__class__: CaptioningWebdataset\nfield_map: {image: *a11, caption: txt}\n")
+    with pytest.raises(UsageError, match="has no image in its field_map"):
+        open_source(folder)
+    dataset.write_text("__class__: CrudeWebdataset\n")
+    split.write_text(nest + "split_parts: {train: [*a11]}\n")
+    with pytest.raises(UsageError, match="something else than a list of names"):
+        open_source(folder)
 
 
 def test_pictures_with_texts_beside_them_need_no_table(tmp_path):
@@ -287,3 +304,17 @@ def test_an_input_of_no_known_kind_names_the_kinds(tmp_path, name):
         given.write_bytes(b"x")
     with pytest.raises(UsageError, match=r"one of \.json, \.jsonl|is empty or too long"):
         open_source(given)
+
+
+def test_a_shard_is_closed_early_where_its_records_carry_many_bytes(tmp_path, tokenizer_folder, key_file, monkeypatch):
+    from megatron_medgpt.data.shards import Dataset
+    from megatron_medgpt.ingest import command
+
+    pictures = [encoded("PNG", picture(20, 20, seed=k)) for k in range(6)]
+    members = [m for k, c in enumerate(pictures) for m in ((f"{k}.png", c), (f"{k}.txt", b"caption %d" % k))]
+    path = write_tar(tmp_path / "t.tar", members)
+    monkeypatch.setattr(command, "_CARRIED_BYTES", 2 * len(pictures[0]))
+    options = {"tokenizer": tokenizer_folder, "key_file": key_file, "workers": 1, "echo": lambda line: None}
+    summary = command.run_ingest([path], out=tmp_path / "out", **options)
+    assert summary.num_samples == 6
+    assert [shard.num_samples for shard in Dataset(tmp_path / "out").manifest.shards] == [2, 2, 2]

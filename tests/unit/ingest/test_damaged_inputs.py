@@ -4,12 +4,14 @@ A smoke form runs with the other tests (the same cases every time). ``MEDGPT_FUZ
 for each reader.
 """
 
+import base64
+import io
 import json
 import os
 import resource
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +22,7 @@ from tars import tar_of
 from megatron_medgpt.config.errors import MedgptError
 from megatron_medgpt.data.picture import PictureError, canonical
 from megatron_medgpt.data.shards import Dataset, verify
+from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.decode import decode
 from megatron_medgpt.ingest.sources import open_source
@@ -131,6 +134,67 @@ def test_a_damaged_table_or_archive_gives_records_or_our_error(tmp_path_factory,
             return
     assert [record.number for record in records] == list(range(len(records)))
     assert all(record.problem or (record.turns and record.source_id) for record in records)
+
+
+DESCRIPTIONS = {
+    "dataset.yaml": b"sample_type: {__module__: megatron.energon, __class__: CaptioningSample}\n"
+                    b"field_map: {image: 'jpg,png', caption: 'json[0][value]'}\n",
+    "split.yaml": b"split_parts: {train: ['s-{000..000}.tar'], val: []}\nexclude: [s-000.tar/x]\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_energon_description_gives_records_or_our_error(tmp_path_factory, name, changes):
+    folder = tmp_path_factory.getbasetemp() / "energon"
+    (folder / ".nv-meta").mkdir(parents=True, exist_ok=True)
+    (folder / "s-000.tar").write_bytes(tar_of([("c.jpg", JPEG), ("c.json", json.dumps(DIALOGUE).encode())]))
+    for other, content in DESCRIPTIONS.items():
+        (folder / ".nv-meta" / other).write_bytes(changed(content, changes) if other == name else content)
+    with capped(), suppress(MedgptError):
+        assert all(record.problem or record.turns for record in open_source(folder).read())
+
+
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_text_beside_a_picture_gives_a_record_or_its_reason(tmp_path_factory, changes):
+    folder = tmp_path_factory.getbasetemp() / "pairs"
+    folder.mkdir(exist_ok=True)
+    for stem in "ab":
+        (folder / f"{stem}.png").write_bytes(PNG)
+    (folder / "a.json").write_bytes(b'{"caption": "x"}')
+    (folder / "b.json").write_bytes(changed(b'{"caption": "A l\xc3\xa4sion.", "id": 7}', changes))
+    with capped():
+        assert len(list(open_source(folder).read())) == 2
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "model"])
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_vocabulary_is_a_tokenizer_or_our_error(tmp_path_factory, kind, changes):
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
+    path.write_bytes(changed(_vocabulary(kind), changes))
+    with capped():
+        try:
+            words = Tokenizer.load(path)
+        except MedgptError:
+            return
+        words.decode(words.encode("A lesion <|end|>"))
+
+
+def _vocabulary(kind):
+    if kind not in _WHOLE:
+        tokens = [bytes([b]) for b in range(256)] + [b"le", b"si", b"on", b"lesi", b"lesion"]
+        ranks = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)).encode()
+        sentencepiece, out = pytest.importorskip("sentencepiece"), io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["A lesion in the lobe."] * 9), model_writer=out, vocab_size=40, num_threads=1,
+            normalization_rule_name="identity",  # the library panics on a damaged table of characters
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        _WHOLE["tiktoken"], _WHOLE["model"] = ranks, out.getvalue()
+    return _WHOLE[kind]
 
 
 _WHOLE = {}

@@ -107,6 +107,17 @@ def test_a_page_in_place_of_a_picture_is_counted(storage, ingest, tmp_path):
     assert summary.rejects == {"empty-file": 1, "not-an-image": 1}
 
 
+def test_a_server_that_was_busy_is_asked_again():
+    pytest.importorskip("aiohttp")
+    with serving() as files:
+        files.content |= {"/a.png": PNG, "/b.png": PNG}
+        files.status = {"/a.png": [503, 500], "/b.png": [503] * 9}
+        assert read_image(files.url, "a.png") == PNG
+        with pytest.raises(PictureError, match="unreadable-file"):
+            read_image(files.url, "b.png")
+        assert (files.asked["/a.png"], files.asked["/b.png"]) == (3, 3)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../secret.png", "a/../../secret.png", "%2e%2e/secret.png", "/secret.png", "http://169.254.169.254/latest", "~/x",

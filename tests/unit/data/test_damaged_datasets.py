@@ -1,4 +1,4 @@
-"""Any damage to any file of a dataset: reading gives our own errors or a batch, in time and memory; verify finds it all.
+"""Any damage to any file of a dataset: reading gives our own errors or a batch, in time; verify finds all of it.
 
 MEDGPT_FUZZ_CASES=20000 runs the long form (make fuzz).
 """

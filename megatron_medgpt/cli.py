@@ -102,7 +102,7 @@ def ingest(
     suspicious_text: Annotated[
         str, typer.Option(help="Texts with dates, record numbers and the like: count, mask or refuse.")
     ] = "count",
-    licence: Annotated[str, typer.Option(help="Of the data, for its manifest and datasheet.")] = "",
+    licence: Annotated[str, typer.Option(help="Of the records that state none themselves.")] = "",
     show_names: Annotated[bool, typer.Option(help="Show file names of inputs and rejects on the terminal.")] = False,
     part: Annotated[str | None, typer.Option(help="i/N: write part i (from 0) of N into the same --out.")] = None,
     merge: Annotated[

@@ -61,8 +61,16 @@ class EpochPlans:
                 plan = self._make(epoch)
                 if plan.samples.size >= KEPT_ON_DISK_FROM:
                     _keep(self._folder, name, self._key, plan)
+                    self._forget(epoch)
                     plan = _read(self._folder, name, self._key) or plan
         return plan
+
+    def _forget(self, epoch: int) -> None:
+        """Remove plans that nobody asks for again: the first gives the rows of an epoch, the last may still be read."""
+        start = f"{self._key[:16]}-epoch-"
+        for path in self._folder.glob(f"{start}*"):
+            if 0 < int(path.name.removeprefix(start)[:5]) < epoch - 1:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

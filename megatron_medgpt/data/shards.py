@@ -16,6 +16,7 @@ Several samples may name the same image. Everything here is numpy and files: no 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ from megatron_medgpt.data.manifest import (
 from megatron_medgpt.types import MODALITIES
 
 _ID_BYTES = 33
+_ID = re.compile(rb"[0-9a-f]{32}\n")
 _PIXEL_HEADER = struct.Struct("<4sHHB3x")
 _PIXEL_MAGIC = b"MGPX"
 _MOST_OPEN_SHARDS = 8192
@@ -205,10 +207,10 @@ class _Shard:
         return items[:tokens], items[tokens : tokens + targets], items[tokens + targets :].tolist()
 
     def sample_id(self, row: int) -> str:
-        try:
-            return self.ids[row].decode("ascii").rstrip()
-        except UnicodeDecodeError as error:
-            raise WorkError(f"{self.name}.ids: id {row} is damaged; restore it or ingest again") from error
+        stored = bytes(self.ids[row])
+        if _ID.fullmatch(stored) is None:
+            raise WorkError(f"{self.name}.ids: id {row} is damaged; restore it or ingest again")
+        return stored[:-1].decode("ascii")
 
     def _meta(self, which: int) -> np.ndarray:
         return self.text.items[self.text.pointers[2::3] // 4 + which]

@@ -88,7 +88,7 @@ def run_ingest(
             rejects. Ids are keyed: the key must be the one of the dataset that was audited.
         suspicious_text: what to do with texts that hold a date, a record number and the like: ``count``, ``mask`` or
             ``refuse``.
-        licence: of the data, for the manifest and the datasheet.
+        licence: of the records that state none in a column of their own, for the manifest and the datasheet.
         show_names: show file names of inputs and rejects on the terminal; they are written nowhere.
         part: ``i/N`` writes only part i (from 0) of the shards, into the ``out`` that all parts share.
         merge: make the dataset of the parts: the same call as theirs, with ``merge`` in place of ``part``.

@@ -48,14 +48,17 @@ def complete(
             f"--max-reject-rate {max_reject_rate}; see {settings.out}/{REJECTS}, mend the inputs or raise the rate"
         )
     notes: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
     for shard in finished:
         notes.update(shard.notes)
+        for name, count in shard.licences.items():
+            licences[name or licence or "not stated"] += count
     (settings.out / TOKENIZER).write_bytes(words.tokenizer_json)
     shards = [shard.shard for shard in finished]
     provenance = {
         "formats": [source.format for source in sources],
         "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
-        "licences": {licence: sum(shard.num_samples for shard in shards)} if licence else {},
+        "licences": dict(sorted(licences.items())) if set(licences) != {"not stated"} else {},
         "suspicious_text": settings.suspicious_text, "burned_in_allowed": settings.allow_burned_in,
         "notes": dict(sorted(notes.items())), "decode": asdict(settings.decode),
         "versions": {

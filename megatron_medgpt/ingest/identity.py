@@ -34,6 +34,7 @@ _NAMED_MODALITIES = {
 }  # fmt: skip
 _BURNS_IN = ("US", "IVUS", "SC", "XC", "ES", "OT")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_LICENCE = re.compile(r"[A-Za-z0-9 .+:/()-]{0,60}")
 SUSPICIOUS_TEXT = ("count", "mask", "refuse")
 """What to do with a text that holds a date, a record number and the like."""
 _MONTHS = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
@@ -110,6 +111,12 @@ def modality_of_name(name: str) -> int:
     """Index into ``MODALITIES`` of what a table calls a modality, in any of the usual spellings."""
     words = re.findall(r"[a-z]+", name.lower().replace("x-ray", "xray").replace("_", " "))
     return MODALITIES.index(next((_NAMED_MODALITIES[word] for word in words if word in _NAMED_MODALITIES), "unknown"))
+
+
+def plain_licence(stated: str) -> str:
+    """The name of a licence, or ``other`` for a text that is too long or odd to be one: it goes into the manifest."""
+    stated = " ".join(stated.split())
+    return stated if _LICENCE.fullmatch(stated) and not masked(stated)[1] else "other"
 
 
 def masked(text: str) -> tuple[str, tuple[str, ...]]:

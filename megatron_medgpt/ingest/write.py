@@ -26,7 +26,7 @@ from megatron_medgpt.data.shards import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
 from megatron_medgpt.ingest.exclude import EXCLUDED
-from megatron_medgpt.ingest.identity import masked
+from megatron_medgpt.ingest.identity import masked, plain_licence
 from megatron_medgpt.ingest.parts import Part
 from megatron_medgpt.ingest.sample import make_sample, repeat_marks
 from megatron_medgpt.ingest.sources import Image as RecordImage
@@ -71,6 +71,8 @@ class Finished:
     """(record number, reason)."""
     notes: dict[str, int] = field(default_factory=dict)
     """Counts of things a person should know, e.g. texts that look identifying."""
+    licences: dict[str, int] = field(default_factory=dict)
+    """Samples by the licence that their records state; an empty name where they state none."""
 
     @property
     def num_records(self) -> int:
@@ -91,7 +93,9 @@ def finished_before(out: Path, number: int) -> Finished | None:
     sizes = {name: (out / name).stat().st_size for name in shard.files if (out / name).is_file()}
     if sizes != {name: entry["bytes"] for name, entry in shard.files.items()}:
         return None
-    return Finished(shard=shard, rejects=tuple((n, r) for n, r in raw["rejects"]), notes=raw["notes"])
+    return Finished(
+        shard=shard, rejects=tuple((n, r) for n, r in raw["rejects"]), notes=raw["notes"], licences=raw["licences"]
+    )
 
 
 @lru_cache(maxsize=1)
@@ -105,6 +109,7 @@ def write_shard(settings: Settings, task: Task) -> Finished:
     first_of: dict[tuple, tuple[int, list[tuple[Decoded, ...]]]] = {}
     rejects: list[tuple[int, str]] = []
     notes: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
     for record, root in zip(task.records, task.image_roots, strict=True):
         kinds = sorted({kind for turn in record.turns for kind in masked(turn.text)[1]})
         try:
@@ -113,7 +118,11 @@ def write_shard(settings: Settings, task: Task) -> Finished:
             rejects.append((record.number, str(error)))
             continue
         notes.update(f"texts with a {kind}{' masked' * (settings.suspicious_text == 'mask')}" for kind in kinds)
-    finished = Finished(shard=writer.close(), rejects=tuple(rejects), notes=dict(sorted(notes.items())))
+        licences[plain_licence(record.licence)] += 1
+    finished = Finished(
+        shard=writer.close(), rejects=tuple(rejects), notes=dict(sorted(notes.items())),
+        licences=dict(sorted(licences.items())),
+    )  # fmt: skip
     write_json(note_path(settings.out, task.number), asdict(finished))
     return finished
 

@@ -10,7 +10,7 @@ from megatron_medgpt.config.errors import UsageError
 
 FORMATS = ("auto", "llava", "messages", "caption", "vqa", "mcq", "dicom")
 FIELDS = (
-    "image", "text", "question", "answer", "options", "label", "id", "modality", "sop_uid", "series_uid",
+    "image", "text", "question", "answer", "options", "label", "id", "modality", "licence", "sop_uid", "series_uid",
     "study_uid",
 )  # fmt: skip
 """What ``--map`` can name: field=column."""
@@ -31,6 +31,7 @@ _NAMES = {
     "label": ("answer_label", "answer_idx", "correct_choice_idx"),
     "id": ("id", "question_id", "qid", "sample_id"),
     "modality": ("modality", "modality_type"),
+    "licence": ("license", "licence", "license_code"),
     "sop_uid": ("sopinstanceuid", "sop_instance_uid", "sop_uid"),
     "series_uid": ("seriesinstanceuid", "series_instance_uid", "series_uid"),
     "study_uid": ("studyinstanceuid", "study_instance_uid", "study_uid"),

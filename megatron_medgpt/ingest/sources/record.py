@@ -45,6 +45,8 @@ class Record:
     source_id: str = ""
     """The record's own id, or a digest of its content; only its keyed hash is written."""
     problem: str = ""
+    licence: str = ""
+    """As the record states it."""
 
     @property
     def num_bytes(self) -> int:

@@ -103,7 +103,11 @@ class Source:
         own = row.get(KEY) if own in (None, "") else own
         content = json.dumps([names_of(images), [(t.role, t.text) for t in turns]])
         digest = hashlib.sha256(content.encode()).hexdigest()
-        return Record(number, images, turns, modality, f"id:{own}" if own not in (None, "") else digest)
+        licence = row.get(self.columns["licence"]) if "licence" in self.columns else ""
+        return Record(
+            number, images, turns, modality, f"id:{own}" if own not in (None, "") else digest,
+            licence=licence if isinstance(licence, str) else "",
+        )  # fmt: skip
 
     def _from_dicom(self, row: dict[str, Any]) -> tuple[tuple[str, ...], list]:
         uid = row.get(next(self.columns[kind] for kind in UID_KEYWORDS if kind in self.columns))

@@ -83,3 +83,20 @@ def test_after_a_broken_image_the_next_batch_is_right(dali, broken):
 
 def test_auto_takes_dali_where_it_is_installed():
     assert isinstance(make_decoder("auto", SPEC), DaliDecoder)
+
+
+def test_a_pipeline_that_gives_the_batch_before_is_found_by_its_numbers():
+    decoder = DaliDecoder(SPEC)
+    whole, held = decoder._pipeline, []
+
+    class OneBehind:
+        """What a prefetching pipeline does after an error."""
+
+        def run(self, **given):
+            held.append([output.as_cpu() for output in whole.run(**given)])
+            return held[max(0, len(held) - 2)]
+
+    decoder._pipeline = OneBehind()
+    images = pictures(66)
+    with pytest.raises(WorkError, match="other pictures than it was given"):
+        decoder.decode(images)

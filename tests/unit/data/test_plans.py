@@ -102,3 +102,12 @@ def test_small_plans_are_not_kept(tmp_path):
 
     assert EpochPlans(make, "k" * 64, tmp_path)[0].num_rows == 5
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_plans_of_epochs_long_past_are_removed(made, tmp_path):
+    plans = EpochPlans(made, "k" * 64, tmp_path)
+    for epoch in range(6):
+        plans[epoch]
+    kept = {path.name.split("-epoch-")[1][:5] for path in tmp_path.glob("*.npy")}
+    assert kept == {"00000", "00004", "00005"}
+    assert same(EpochPlans(made, "k" * 64, tmp_path)[2], plan_of(made, 2))

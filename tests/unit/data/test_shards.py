@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from png_examples import png_of
 
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
+from megatron_medgpt.data import shards
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
-from megatron_medgpt.data.manifest import read_manifest, write_manifest
-from megatron_medgpt.data.shards import Dataset, pack_pixels, unpack_pixels, verify
+from megatron_medgpt.data.manifest import Store, read_manifest, write_manifest
+from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels, verify
 
 
 def test_megatron_core_reads_what_is_written_here(write_dataset):
@@ -226,3 +227,37 @@ def test_a_pixel_record_comes_back_and_a_broken_one_is_refused():
     for broken in (record[:-1], record[:6], record[1:]):
         with pytest.raises(WorkError, match="not a pixel record"):
             unpack_pixels(broken)
+
+
+def test_pixels_are_read_straight_into_a_batch_and_a_damaged_record_is_refused(tmp_path):
+    squares = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+    store = Store(kind="pixels", size_px=6)
+    writer = ShardWriter(tmp_path, 0, store)
+    for number, square in enumerate(squares):
+        first = writer.add_images([pack_pixels(square)])
+        writer.add_sample(
+            sample_id=f"{number:x}", token_ids=np.array([3, 4]), target_spans=[(1, 2)], modality=0, num_images=1,
+            first_image=first,
+        )  # fmt: skip
+    facts = {"sha256": "0" * 64, "vocab_size": 9, "image_mark_id": 3, "pad_id": 0}
+    write_manifest(tmp_path, [writer.close()], tokenizer=facts, store=store, num_records=5, rejects={}, provenance={})
+    batch = np.zeros((5, 6, 6, 3), np.uint8)
+    for place, number in enumerate((3, 0, 4, 1, 2)):
+        Dataset(tmp_path).read_pixels((0, number), batch[place])
+        assert (batch[place] == squares[number]).all()
+    with pytest.raises(WorkError, match="not the pixel record"):
+        Dataset(tmp_path).read_pixels((0, 0), np.zeros((6, 5, 3), np.uint8))
+    path = tmp_path / "shard-00000.image.bin"
+    content = bytearray(path.read_bytes())
+    content[(12 + 108) * 4] ^= 1  # the first byte of the last record
+    path.write_bytes(content)
+    with pytest.raises(WorkError, match="not the pixel record"):
+        Dataset(tmp_path).read_pixels((0, 4), batch[0])
+
+
+def test_more_shards_than_are_kept_open_are_read_all_the_same(write_dataset, monkeypatch):
+    monkeypatch.setattr(shards, "_MOST_OPEN_SHARDS", 2)
+    dataset = Dataset(write_dataset(num_samples=40, per_shard=5))
+    order = np.random.default_rng(0).permutation(40).tolist() * 2
+    assert [int(dataset[number].sample_id, 16) for number in order] == order
+    assert len(dataset._shards) <= 2

@@ -121,3 +121,17 @@ def test_a_datasheet_says_what_is_known_and_asks_for_the_rest(ingest, tmp_path):
                  "2 texts with a date masked", "not a legal de-identification"):  # fmt: skip
         assert fact in sheet
     assert sheet.count("**?**") > 5
+
+
+def test_licences_of_records_are_counted_and_the_rest_is_that_of_the_call(tokenizer_folder, key_file, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded())
+    stated = ["CC BY 4.0", "CC BY 4.0", "", "of Dr. Mustermann, 12.03.1987", "x" * 90]
+    rows = [{"image": "a.png", "caption": f"Number {n}.", "license": name} for n, name in enumerate(stated)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"tokenizer": tokenizer_folder, "key_file": key_file, "workers": 1, "echo": lambda line: None}
+    for out, licence, rest in (("one", "CC0", "CC0"), ("two", "", "not stated")):
+        run_ingest([tmp_path / "t.jsonl"], out=tmp_path / out, licence=licence, **options)
+        found = Dataset(tmp_path / out).manifest.provenance["licences"]
+        assert found == {"CC BY 4.0": 2, rest: 1, "other": 2}
+        assert "| CC BY 4.0 | 2 |" in (tmp_path / out / "DATASHEET.md").read_text()
+    assert not any(b"Mustermann" in path.read_bytes() for path in (tmp_path / "one").iterdir())

@@ -60,7 +60,10 @@ def check_deflated(content: bytes) -> None:
     (group_bytes,) = struct.unpack_from("<I", content, 140)
     inflater, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, content[144 + group_bytes :]
     while rest and not inflater.eof:
-        size += len(inflater.decompress(rest, 1 << 20))
+        try:
+            size += len(inflater.decompress(rest, 1 << 20))
+        except zlib.error as error:
+            raise PictureError("truncated-or-corrupt") from error
         if size > LARGEST_FILE_BYTES:
             raise PictureError("file-too-large")
         rest = inflater.unconsumed_tail

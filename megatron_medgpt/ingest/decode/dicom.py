@@ -15,12 +15,20 @@ import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import get_decoder, pixel_array
-from pydicom.uid import JPEG2000TransferSyntaxes, RLELossless
+from pydicom.uid import (
+    UID,
+    JPEG2000TransferSyntaxes,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 from megatron_medgpt.data.picture import PictureError, check_size
-from megatron_medgpt.ingest.decode import jpeg12
+from megatron_medgpt.ingest.decode import gdcm_frames
 from megatron_medgpt.ingest.decode.codestream import check_deflated, halvings_of_j2k, size_of
 from megatron_medgpt.ingest.decode.frames import LARGEST_PICTURES, count_frames, header_of_frame
 from megatron_medgpt.ingest.decode.options import DecodeOptions, picked
@@ -29,12 +37,15 @@ from megatron_medgpt.ingest.identity import held_back
 
 _NO_PICTURES = ("1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.481.2")
 """Segmentations and radiotherapy doses have pixels, but are no pictures of a patient."""
-_UNREADABLE = (
-    InvalidDicomError, BytesLengthException, ValueError, TypeError, EOFError, OSError, KeyError, AttributeError,
-    IndexError, NotImplementedError, RecursionError, OverflowError,
-)  # fmt: skip
 
-jpeg12.register()
+_PLUGINS = {
+    JPEGBaseline8Bit: "pillow", JPEGLossless: gdcm_frames.PLUGIN, JPEGLosslessSV1: gdcm_frames.PLUGIN,
+    JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls", RLELossless: "pylibjpeg",
+    **dict.fromkeys(JPEG2000TransferSyntaxes, "pylibjpeg"),
+}  # fmt: skip
+"""pydicom tries all that are installed, and so would take a damaged frame to GDCM, in this process, in the end."""
+
+gdcm_frames.register()
 
 
 def is_dicom(content: bytes) -> bool:
@@ -55,13 +66,15 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         num_frames = count_frames(ds)
         has_pixels = any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
         reason = held_back(ds)
-        has_no_picture = str(ds.get("SOPClassUID", "")).startswith(_NO_PICTURES)
+        sop_class, syntax = str(ds.get("SOPClassUID", "")), ds.file_meta.get("TransferSyntaxUID")
         ds.get("Modality"), ds.get("PhotometricInterpretation")  # an element is only read when it is asked for
-    except _UNREADABLE as error:
+    except PictureError:
+        raise
+    except Exception as error:  # a damaged header raises whatever pydicom and zlib like, some of it on access
         raise PictureError("truncated-or-corrupt") from error
     if not rows or not columns or not has_pixels:
         raise PictureError("dicom-without-image")
-    if has_no_picture:
+    if sop_class.startswith(_NO_PICTURES):
         raise PictureError("dicom-without-image")
     check_size(columns, rows)
     if reason and not allow_burned_in:
@@ -69,19 +82,19 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
     chosen = picked(num_frames, options.frames)
     if len(chosen) > LARGEST_PICTURES:
         raise PictureError("too-many-frames")
+    if not _supported(syntax):
+        raise PictureError("unsupported-transfer-syntax")
     return ds, list(_decoded(ds, chosen, num_frames, options))
 
 
-def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator:
-    syntax = ds.file_meta.get("TransferSyntaxUID")
-    if syntax is None or syntax.is_private:
-        raise PictureError("unsupported-transfer-syntax")
+def _supported(syntax: UID | None) -> bool:
     try:
-        supported = get_decoder(syntax).is_available
-    except NotImplementedError:  # MPEG, HEVC, JPIP and what is retired
-        supported = False
-    if not supported:
-        raise PictureError("unsupported-transfer-syntax")
+        return syntax is not None and get_decoder(syntax).is_available
+    except NotImplementedError:  # MPEG, HEVC, JPIP, private ones and what is retired
+        return False
+
+
+def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator:
     for index in chosen:
         try:
             stored = _stored(ds, index, num_frames, options.scaled_px)  # YBR comes out as RGB
@@ -90,26 +103,30 @@ def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, opti
             raise
         except MemoryError as error:
             raise PictureError("too-many-pixels") from error
-        except Exception as error:  # a damaged stream raises whatever the codec plug-in likes
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a damaged stream raises what the codec likes; a panic in Rust is no Exception
             raise PictureError("truncated-or-corrupt") from error
         yield frame
 
 
 def _stored(ds: Dataset, index: int, num_frames: int, scaled_px: int) -> np.ndarray:
     syntax = ds.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated or syntax == RLELossless:
+    if not syntax.is_encapsulated:
         return pixel_array(ds, index=index)
-    stream = get_frame(ds.PixelData, index, number_of_frames=num_frames)
-    size = size_of(stream)
-    if size is not None and size != (ds.Columns, ds.Rows):
-        # A codec believes its stream: 65,000 squared would be allocated for a header that says 64 x 64.
-        raise PictureError("truncated-or-corrupt")
-    plain_colours = ds.PhotometricInterpretation not in ("YBR_FULL", "YBR_FULL_422", "PALETTE COLOR")
-    if scaled_px and plain_colours and syntax in JPEG2000TransferSyntaxes:
-        halvings = _halvings(max(ds.Columns, ds.Rows), scaled_px, halvings_of_j2k(stream))
-        if halvings:
-            return _reduced(stream, halvings, int(ds.PixelRepresentation))
-    return pixel_array(ds, index=index)
+    if syntax != RLELossless:
+        stream = get_frame(ds.PixelData, index, number_of_frames=num_frames)
+        size = size_of(stream)
+        if size is not None and size != (ds.Columns, ds.Rows):
+            # A codec believes its stream: 65,000 squared would be allocated for a header that says 64 x 64.
+            raise PictureError("truncated-or-corrupt")
+        plain_colours = ds.PhotometricInterpretation not in ("YBR_FULL", "YBR_FULL_422", "PALETTE COLOR")
+        if scaled_px and plain_colours and syntax in JPEG2000TransferSyntaxes:
+            halvings = _halvings(max(ds.Columns, ds.Rows), scaled_px, halvings_of_j2k(stream))
+            if halvings:
+                return _reduced(stream, halvings, int(ds.PixelRepresentation))
+    plugin = _PLUGINS.get(syntax) or (gdcm_frames.PLUGIN if ds.BitsStored > 8 else "pillow")
+    return pixel_array(ds, index=index, decoding_plugin=plugin)
 
 
 def _halvings(longest: int, scaled_px: int, possible: int) -> int:

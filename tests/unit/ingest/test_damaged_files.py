@@ -1,0 +1,93 @@
+"""Files of every family with bytes changed: a picture or a typed refusal, and never the end of the process.
+
+``MEDGPT_FUZZ_CASES`` sets how many; they are the same on every machine.
+"""
+
+import gzip
+import io
+import os
+import random
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from medical_files import dicom, encoded, picture
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.pixels import pixel_array
+
+from megatron_medgpt.data.picture import PictureError
+from megatron_medgpt.ingest.decode import DecodeOptions, decode, gdcm_frames
+
+SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
+CASES = int(os.environ.get("MEDGPT_FUZZ_CASES", "260"))
+OPTIONS = DecodeOptions(frames="even:2", slices="even:2", scaled_px=16)
+
+
+def seeds():
+    names = ("CT_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
+             "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_jpeg_gdcm.dcm", "JPGExtended.dcm", "image_dfl.dcm")  # fmt: skip
+    volume = np.random.default_rng(0).integers(-1000, 1000, (20, 24, 16)).astype(np.int16)
+    nifti = nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
+    palette = dicom(np.zeros((16, 16), np.uint8), modality="US", photometric="PALETTE COLOR",
+                    RedPaletteColorLookupTableDescriptor=[256, 0, 16], RedPaletteColorLookupTableData=bytes(512),
+                    GreenPaletteColorLookupTableDescriptor=[256, 0, 16], GreenPaletteColorLookupTableData=bytes(512),
+                    BluePaletteColorLookupTableDescriptor=[256, 0, 16], BluePaletteColorLookupTableData=bytes(512),
+                    )  # fmt: skip
+    return [*((SHIPPED / name).read_bytes() for name in names), palette, nifti, gzip.compress(nifti, 1),
+            encoded("JPEG", picture()), encoded("PNG", picture())]  # fmt: skip
+
+
+def damaged(content, rng):
+    """A few bytes changed, half of the time in the first 4 KiB, where headers are; sometimes cut."""
+    changed = bytearray(content)
+    end = len(changed) if rng.random() < 0.5 else min(len(changed), 4096)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        changed[rng.randrange(end)] = rng.choice((0, 255, rng.randrange(256)))
+    return bytes(changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(0 if CASES > 1000 else 120)
+def test_a_damaged_file_is_a_picture_or_a_refusal():
+    rng, files, refused = random.Random(0), seeds(), 0
+    for number in range(CASES):
+        content = damaged(files[number % len(files)], rng)
+        try:
+            assert decode(content, OPTIONS, allow_burned_in=True)
+        except PictureError:
+            refused += 1
+    assert 0.2 * CASES < refused < 0.8 * CASES
+
+
+def test_a_frame_that_ends_gdcms_process_costs_that_frame_alone():
+    whole = (SHIPPED / "JPGExtended.dcm").read_bytes()
+    deadly = whole[:3091] + b"\xff" + whole[3092:]
+    (expected,) = decode(whole, allow_burned_in=True)
+    process = gdcm_frames._process()
+    with pytest.raises(PictureError, match="truncated-or-corrupt"):
+        decode(deadly, allow_burned_in=True)
+    assert process.returncode not in (0, None)  # GDCM 3.2.6 aborts; where it no longer does, it may come home
+    (again,) = decode(whole, allow_burned_in=True)
+    assert again.picture.encoded == expected.picture.encoded
+
+
+def test_a_frame_that_keeps_gdcm_busy_is_given_up(monkeypatch):
+    monkeypatch.setattr(gdcm_frames, "LONGEST_S", 0.0)
+    ds = pydicom.dcmread(SHIPPED / "SC_rgb_jpeg_gdcm.dcm")
+    with pytest.raises(RuntimeError, match="GDCM died"):
+        pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN)
+    monkeypatch.undo()
+    assert pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN).shape == (100, 100, 3)
+
+
+def test_a_panic_of_a_codec_in_rust_is_a_refusal():
+    ds = pydicom.dcmread(SHIPPED / "MR_small_RLE.dcm")
+    frame = bytearray(next(generate_frames(ds.PixelData, number_of_frames=1)))
+    frame[64] = 129  # the first count of the first segment: its bytes become more than the frame has
+    ds.PixelData = encapsulate([bytes(frame)])
+    out = io.BytesIO()
+    ds.save_as(out)
+    with pytest.raises(PictureError, match="truncated-or-corrupt"):
+        decode(out.getvalue())

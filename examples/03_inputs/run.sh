@@ -33,5 +33,10 @@ for input in "${inputs[@]}"; do
 done
 
 data=$(printf '{path: data/%s},' "${inputs[@]}")
-medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]" stages.mixed.num_steps=5
-medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]" # goes on with step 6
+train=(medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]")
+"${train[@]}" &
+running=$!
+until [ "$(cat run/metrics.jsonl 2>/dev/null | wc -l)" -ge 3 ] || ! kill -0 $running 2>/dev/null; do sleep 0.05; done
+kill -TERM $running 2>/dev/null || true # as Ctrl-C or a cluster stops it: it saves and ends
+wait $running
+"${train[@]}" # the same command goes on where it was

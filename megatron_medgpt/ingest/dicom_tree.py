@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from megatron_medgpt.data.picture import PictureError, resolve_inside
 from megatron_medgpt.ingest.decode.options import picked
@@ -24,7 +23,6 @@ _TAGS = [
     "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "SeriesNumber", "InstanceNumber", "Rows",
     "ImagePositionPatient", "ImageOrientationPatient",
 ]  # fmt: skip
-_UNREADABLE = (InvalidDicomError, OSError, ValueError, TypeError, KeyError, AttributeError, EOFError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +74,9 @@ def _names(root: Path) -> Iterator[str | None]:
     if index.is_file():
         try:
             records = pydicom.dcmread(index).get("DirectoryRecordSequence") or []
-        except _UNREADABLE:
-            records = []
-        listed = [record.get("ReferencedFileID") for record in records]
+            listed = [record.get("ReferencedFileID") for record in records]
+        except Exception:  # what a damaged header leads to: ValueError, struct.error, pydicom's own ...
+            listed = []
         if any(listed):
             for parts in filter(None, listed):
                 yield _inside(root, "/".join([parts] if isinstance(parts, str) else parts))
@@ -109,7 +107,7 @@ def _read(root: Path, name: str, keyword: str) -> _File | None:
         series = (int(header.get("SeriesNumber") or 0), str(header.get("SeriesInstanceUID", "")))
         number = int(header.get("InstanceNumber") or 0)
         return _File(name, str(header[keyword].value), series, number, _place(header))
-    except _UNREADABLE:
+    except Exception:  # what a damaged header leads to: ValueError, struct.error, pydicom's own ...
         return None
 
 

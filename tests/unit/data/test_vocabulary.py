@@ -19,7 +19,7 @@ from megatron_medgpt.data.vocabulary import O200K_PIECES, _byte_letters
 TEXTS = [
     "A round lesion in the upper left lobe, 12 mm.\nNo effusion.", "The patient's chest X-ray shows nothing.",
     "  Two  spaces, tabs\tand\n\nline breaks ", "Läsion im linken Oberlappen; 磁共振成像. 🩻", "don't I'LL 1234567", "",
-    "<s> </s> <unk> <0x41> <|end|> <|return|>",
+    "<s> </s> <unk> <0x41> <|end|> <|return|>", "qzj",
 ]  # fmt: skip
 LETTERS = st.sampled_from("abcdeé ,.\nAB12<>|'磁🩻")
 ASK = [Turn("user", "<image>\nWhere is the lesion?"), Turn("assistant", "left"), Turn("user", "Size?"),
@@ -32,6 +32,7 @@ def tiktoken_file(tokenizer, tmp_path_factory):
     model = json.loads(tokenizer.tokenizer_json)["model"]
     byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
     tokens = [bytes(byte_of[c] for c in piece) for piece, _ in sorted(model["vocab"].items(), key=lambda kv: kv[1])]
+    tokens.append(b"qzj")  # no merge leads to it: only a piece that is looked up whole can be this token
     path = tmp_path_factory.mktemp("tiktoken") / "small.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
     return path

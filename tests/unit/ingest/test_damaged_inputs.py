@@ -232,6 +232,24 @@ def test_a_damaged_picture_is_decoded_or_refused_for_a_reason(name, changes):
     )  # what is taken would be taken again, unchanged
 
 
+@pytest.mark.filterwarnings("ignore")
+@fuzz
+@given(changes=CHANGES)
+def test_a_damaged_file_in_a_tree_costs_its_own_record_and_no_other(tmp_path_factory, changes):
+    folder = tmp_path_factory.getbasetemp() / "tree"
+    folder.mkdir(exist_ok=True)
+    (folder / "reports.csv").write_text("SOPInstanceUID,report\n1.2.3.4.5,A.\n1.2.3.4.6,B.\n")
+    if "whole" not in _WHOLE:
+        _WHOLE["whole"] = dicom(__import__("numpy").zeros((16, 16), "uint16"))
+        _WHOLE["other"] = dicom(__import__("numpy").zeros((16, 16), "uint16"), SOPInstanceUID="1.2.3.4.6")
+    (folder / "a").write_bytes(_WHOLE["whole"])
+    (folder / "b").write_bytes(changed(_WHOLE["other"], changes))
+    with capped():
+        first, second = open_source(folder / "reports.csv").read()
+    assert "a" in first.images
+    assert set(second.images) <= {"b"}
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, tokenizer_folder):
     """A small ingested dataset and the bytes of its files."""

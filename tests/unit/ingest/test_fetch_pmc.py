@@ -129,6 +129,7 @@ def test_a_stopped_fetch_goes_on_where_it_was(bucket, tmp_path, how):
     bucket.wait_s = 0.0
     assert fetch(bucket, tmp_path).returncode == 0
     assert fetched(tmp_path) == whole()
+    assert "40 settled before" in fetch(bucket, tmp_path).stdout  # no outcome was glued to the line that broke off
     assert kept == {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in kept}
 
 

@@ -131,24 +131,39 @@ def turns(sides: dict[str, Callable[[], object]], count: int, base: str) -> dict
 
 
 def workers(folder: Path, files: list[bytes], step: int) -> dict[str, float]:
-    """Records a second of one and of two workers: the slope between two lengths, without what starting costs."""
+    """Records a second of one and of two workers: the slope between two lengths, without what starting costs.
+
+    ``work_ratio`` is twice the CPU seconds of a record with one worker over those with two: the speed-up where nothing
+    else runs, as far as the two do not wait for each other.
+    """
     train_tokenizer(["Describe the image.", "A picture."], folder / "tokenizer", 320)
     (folder / "images").mkdir()
     for number in range(3 * step):
         (folder / "images" / f"{number}.jpg").write_bytes(files[number % len(files)])
-    rates = {}
+    wall, cpu = {}, {}
     for count in (1, 2):
-        seconds = {}
-        for length in (step, 3 * step):
+        for length in (8, step, 3 * step):  # the first imports what the one worker, this process, needs
             table, out = folder / "table.jsonl", folder / f"{count}-{length}"
             rows = [json.dumps({"image": f"{n}.jpg", "caption": f"Picture {n}."}) for n in range(length)]
             table.write_text("\n".join(rows))
-            began = time.perf_counter()
+            began, used = time.perf_counter(), _cpu_s()
             run_ingest([table], image_root=folder / "images", out=out, tokenizer=folder / "tokenizer", store="pixels",
                        workers=count, key_file=folder / "key", records_per_shard=32, echo=lambda _: None)  # fmt: skip
-            seconds[length] = time.perf_counter() - began
-        rates[count] = 2 * step / (seconds[3 * step] - seconds[step])
-    return {"one_per_s": round(rates[1], 1), "two_per_s": round(rates[2], 1), "ratio": round(rates[2] / rates[1], 2)}
+            wall[count, length], cpu[count, length] = time.perf_counter() - began, _cpu_s() - used
+    slope = {count: (wall[count, 3 * step] - wall[count, step]) / (2 * step) for count in (1, 2)}
+    work = {count: (cpu[count, 3 * step] - cpu[count, step]) / (2 * step) for count in (1, 2)}
+    return {
+        "one_per_s": round(1 / slope[1], 1), "two_per_s": round(1 / slope[2], 1),
+        "ratio": round(slope[1] / slope[2], 2),
+        "cpu_ms_one": round(1000 * work[1], 2), "cpu_ms_two": round(1000 * work[2], 2),
+        "work_ratio": round(2 * work[1] / work[2], 2),
+    }  # fmt: skip
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and of its ended children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _decode_alone(path: str) -> float:
@@ -187,7 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=("jpeg", "j2k", "workers", "memory"))
-    only = parser.parse_args().only
+    parser.add_argument("--step", type=int, default=320, help="records of the shorter run that measures workers")
+    only, step = parser.parse_args().only, parser.parse_args().step
     result: dict[str, object] = {"versions": versions()}
     files = jpegs(16)
     if only in (None, "jpeg"):
@@ -204,7 +220,7 @@ def main() -> None:
         result["DICOM JPEG 2000 2048 x 2048, 12 bits, to 336"] = turns(sides, len(slides), "exact")
     with tempfile.TemporaryDirectory() as name:
         if only in (None, "workers"):
-            result["workers"] = workers(Path(name), files, 320)
+            result["workers"] = workers(Path(name), files, step)
         if only in (None, "memory"):
             result["peak MiB"] = memory(Path(name))
     text = json.dumps(result, indent=1)

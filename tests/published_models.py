@@ -91,6 +91,8 @@ def write_gpt_oss(
 ) -> Path:
     """The language model as transformers publishes it."""
     values = published_config(config, config.language.vocab_size - 1).to_diff_dict()["text_config"]
+    if experts == "mxfp4":
+        values["quantization_config"] = {"quant_method": "mxfp4"}
     table = gpt_oss_table(config.language, "language.", experts=experts)
     return write_folder(folder, table.to_published(_language_weights(weights)), values, **options)
 

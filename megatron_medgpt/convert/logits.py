@@ -121,7 +121,8 @@ def open_transformers(folder: Path, *, images: bool) -> Any:
     """The model of a folder in fp32 on the CPU; MXFP4 is dequantised. Runs no code of the folder's.
 
     Raises:
-        UsageError: config.json names code or an attention implementation, which transformers would go and fetch.
+        UsageError: config.json names code or an attention implementation, which transformers would go and fetch; or it
+            describes parameters that the weights do not have, which transformers would draw at random.
     """
     import transformers
 
@@ -133,7 +134,13 @@ def open_transformers(folder: Path, *, images: bool) -> Any:
     if values.get("quantization_config"):
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     kind = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(folder, **options).eval().float()
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(
+            f"{folder}: transformers finds no tensor for {len(missing)} parameters, the first {missing[0]}; "
+            "config.json and the weights are not of one model"
+        )
+    model = model.eval().float()
     model.set_attn_implementation("eager")
     return model
 

@@ -20,7 +20,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.schema import ParallelConfig, ProjectorConfig
 from megatron_medgpt.convert import command
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
-from megatron_medgpt.convert.logits import run_ranks
+from megatron_medgpt.convert.logits import open_transformers, run_ranks
 from megatron_medgpt.convert.megatron_to_hf import export_hf
 from megatron_medgpt.convert.safetensor import SafetensorsFolder, read_json
 from megatron_medgpt.convert.stored import StoredCheckpoint
@@ -216,6 +216,15 @@ def test_verify_passes_the_right_folder_and_fails_a_wrong_one_by_tensors_and_by_
     write_folder(tmp_path / "window", {name: files.tensor(name) for name in files.names}, config)
     assert command.verify(checkpoint, tmp_path / "window", logits=False) == 1
     assert "language.sliding_window: 16 and 17" in capsys.readouterr().out
+
+
+def test_a_folder_that_lacks_what_its_configuration_describes_is_not_compared_with_random_weights(tmp_path):
+    published = write_gpt_oss(tmp_path / "published", CLIP, random_weights(CLIP), experts="mxfp4")
+    config = read_json(published / "config.json")
+    del config["quantization_config"]
+    (published / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"no tensor for 4 parameters, the first model\.layers\.0\.mlp\.experts"):
+        open_transformers(published, images=False)
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,5 @@ def test_wrong_usage_is_one_line_and_exit_2(tmp_path):
         (("--only", "speed"), "steps are machine, build"),
         (("--fast",), "unknown argument --fast"),
     ):
-        done = verify(tmp_path, *arguments, "--rehearse") if said.startswith("steps") else verify(tmp_path, *arguments)
+        done = verify(tmp_path, *arguments)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

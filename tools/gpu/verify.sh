@@ -29,6 +29,9 @@ while [ $# -gt 0 ]; do
     *) echo "verify.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
+for name in ${only//,/ }; do
+  case $name in machine|build|tests|bench|sanitize|train) ;; *) echo "verify.sh: --only $name; steps are machine, build, tests, bench, sanitize, train" >&2; exit 2 ;; esac
+done
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 state=${STATE:-build/gpu-verify} # git ignores build/, so a later call finds what is done
@@ -43,9 +46,6 @@ else
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
     || { echo "verify.sh: $python finds no CUDA GPU through torch; --rehearse runs without one" >&2; exit 2; }
 fi
-for name in ${only//,/ }; do
-  case $name in machine|build|tests|bench|sanitize|train) ;; *) echo "verify.sh: --only $name; steps are machine, build, tests, bench, sanitize, train" >&2; exit 2 ;; esac
-done
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)${rehearse:+-rehearsal}
 started=$SECONDS tests=tests/kernels
 [ -n "$rehearse" ] && tests=tests/kernels/test_rounding.py

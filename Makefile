@@ -56,9 +56,10 @@ setup-newest:
 	@test -n "$(PYTHON_NEWEST)" || { echo "no Python 3.12 or later found; set PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
 	@$(MAKE) --no-print-directory setup PYTHON=$(PYTHON_NEWEST) VENV=$(VENV_NEWEST)
 
-# The other line of megatron-core: what touches the engine. Slurm and network namespaces do not.
+# The other line of megatron-core: what touches the engine. Ingest, shards, reports, Slurm and network namespaces do not.
 test-newest: setup-newest
 	@$(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/parallel tests/parity tests/flow \
+	  --ignore tests/unit/ingest --ignore tests/unit/data --ignore tests/unit/observe \
 	  --ignore tests/flow/test_slurm.py --ignore tests/flow/test_slurm_bad_nodes.py \
 	  --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py
 

@@ -42,6 +42,8 @@ SPEC = ImageSpec(
     size_px=336, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), num_tokens=576
 )
 BATCH = 16
+PASSES = 16
+"""Over the pixel shard, where it is read and nothing else is done: one takes milliseconds."""
 NEEDS = {"webdataset": "webdataset", "energon": "megatron.energon", "datasets": "datasets"}
 
 
@@ -104,7 +106,7 @@ def records(work: Path) -> Iterator[int]:
     """Records alone: tokens, targets and 8-bit pixels into the buffer of a batch, in a shuffled order."""
     dataset = Dataset(work / "pixels")
     buffer = np.empty((BATCH, SPEC.size_px, SPEC.size_px, 3), np.uint8)
-    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist() * PASSES
     for first in range(0, len(order), BATCH):
         tokens = 0
         for place, number in enumerate(order[first : first + BATCH]):
@@ -121,11 +123,11 @@ def copy(work: Path) -> Iterator[int]:
     for path in sorted((work / "pixels").glob("*.image.bin")):
         file = os.open(path, os.O_RDONLY)
         count = os.fstat(file).st_size // (size + 12)
-        order = np.random.default_rng(0).permutation(count).tolist()
+        order = np.random.default_rng(0).permutation(count).tolist() * PASSES
         for place, number in enumerate(order):
             os.preadv(file, [buffer[place % BATCH]], number * (size + 12) + 12)
         os.close(file)
-        yield count
+        yield len(order)
 
 
 def webdataset(work: Path) -> Iterator[int]:

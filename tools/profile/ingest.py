@@ -181,7 +181,7 @@ def memory(folder: Path) -> dict[str, float]:
     kinds = {
         "JPEG 1024 x 1024": jpegs(1)[0],
         "DICOM 5000 x 4000, 12 bits": dicom_file(mammogram, j2k=False),
-        "the same, JPEG 2000": dicom_file(mammogram, j2k=True),
+        "DICOM 2048 x 2048, JPEG 2000": dicom_file(grey, j2k=True),
         "DICOM 8000 x 8000, 12 bits": dicom_file(np.tile(grey, (4, 4))[:8000, :8000].copy(), j2k=False),
         "NIfTI 512 x 512 x 600, 16 bits, gzipped": None,
     }

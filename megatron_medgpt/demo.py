@@ -1,4 +1,4 @@
-"""The whole way on phantoms, on this machine: images, ingest, two stages in two layouts, evaluation, report.
+"""The whole way on phantoms, on this machine: images, ingest, two stages in two layouts, evaluation, export, report.
 
 Every part is the one that users run: the demo only calls them in order and says what they found.
 """
@@ -36,6 +36,11 @@ FULL = Sizes(num_train=4000, num_validation=160, num_test=384)
 QUICK = Sizes(num_train=96, num_validation=16, num_test=64)
 
 
+PROTOCOLS = ("chat-likelihood", "official-qa", "official-prefix", "letter")
+"""The first is how the demo's model was taught to answer; the others are OmniMedVQA's published ones, in whose forms it
+has never seen a question."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Where the phantoms, their datasets and their questions lie."""
@@ -64,9 +69,11 @@ def run_demo(out: Path, *, num_ranks: int = 2, quick: bool = False) -> dict[str,
     run_file = out / "run.yaml"
     run_file.write_text(to_yaml(config), encoding="utf-8")
     _say("training", lambda: _train(run_file, num_ranks, Path(config.out)))
-    result_file = out / "run" / "eval" / "phantoms.json"
-    _say("evaluation", lambda: _command(_evaluation(study, out / "run", result_file), 2))
+    results = out / "run" / "eval" / "phantoms.json"
+    _say("evaluation", lambda: _command(_evaluation(study, out / "run", results), 2))
+    result_file = results.with_name(f"phantoms.{PROTOCOLS[0]}.json")
     result = json.loads(result_file.read_text(encoding="utf-8"))
+    export = _say("export, and the same questions to transformers", lambda: _export(out, study, result_file))
     summary = {
         "seconds": round(time.perf_counter() - started, 1),
         "layouts": _layouts(config, num_ranks),
@@ -76,9 +83,11 @@ def run_demo(out: Path, *, num_ranks: int = 2, quick: bool = False) -> dict[str,
         "controls": result["controls"],
         "by_question_type": result["by_question_type"],
         "by_modality": result["by_modality"],
-        "export": {
-            "skipped": "LLaVA's layout has no pixel shuffle, which the demo's projector needs to learn in minutes"
+        "protocols": {
+            protocol: json.loads(results.with_name(f"phantoms.{protocol}.json").read_text(encoding="utf-8"))["accuracy"]
+            for protocol in PROTOCOLS
         },
+        "export": export,
     }
     _write_summary(out, summary)
     _say_what_was_learned(out, summary, quick)
@@ -164,8 +173,33 @@ def _prepare_folder(out: Path) -> None:
 def _evaluation(study: Study, run: Path, result: Path) -> list[str]:
     return [
         "eval", "phantoms", "--data", str(study.questions), "--checkpoint", str(run), "--out", str(result),
-        "--sequence-length", "512",
+        "--protocol", ",".join(PROTOCOLS), "--sequence-length", "512", "--max-new-tokens", "16",
     ]  # fmt: skip
+
+
+def _export(out: Path, study: Study, result_file: Path) -> dict[str, Any]:
+    """The trained model in the Hugging Face layout, and what transformers answers with it."""
+    from megatron_medgpt.convert.megatron_to_hf import export_hf
+
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    folder, asked = out / "exported", out / "exported-answers" / "phantoms.json"
+    export_hf(out / "run", folder, tokenizer=study.tokenizer, dtype="fp32", evaluation=[result])
+    _command(
+        ["eval", "phantoms", "--data", str(study.questions), "--hf", str(folder), "--protocol", PROTOCOLS[0],
+         "--no-controls", "--out", str(asked)], 1,
+    )  # fmt: skip
+    ours, theirs = _answers(result_file), _answers(asked)
+    return {
+        "folder": str(folder),
+        "accuracy": json.loads(asked.read_text(encoding="utf-8"))["accuracy"],
+        "same_answers": sum(theirs[question] == answer for question, answer in ours.items()),
+        "n": len(ours),
+    }
+
+
+def _answers(result_file: Path) -> dict[str, str]:
+    lines = result_file.with_suffix(".items.jsonl").read_text(encoding="utf-8").splitlines()
+    return {item["question_id"]: item["prediction"] for item in map(json.loads, lines)}
 
 
 def _train(run_file: Path, num_ranks: int, run: Path) -> None:
@@ -205,7 +239,7 @@ def _write_summary(out: Path, summary: dict[str, Any]) -> None:
 
 
 def _say_what_was_learned(out: Path, summary: dict[str, Any], quick: bool) -> None:
-    controls = summary["controls"]
+    controls, export = summary["controls"], summary["export"]
     low, high = summary["ci95"]
     from_picture = low > max(controls.values())
     verdict = "the answers come from the picture" if from_picture else "the pictures were not used"
@@ -217,6 +251,8 @@ def _say_what_was_learned(out: Path, summary: dict[str, Any], quick: bool) -> No
         f"With a blank image {controls['blank_image']:.1%}, with another patient's image "
         f"{controls['shuffled_image']:.1%}: {verdict}.",
         *(f"  {name}: {value['accuracy']:.1%} of {value['n']}" for name, value in summary["by_question_type"].items()),
+        f"Exported to {export['folder']}: transformers gets {export['accuracy']:.1%} right, with the same answer to "
+        f"{export['same_answers']} of {export['n']} questions.",
         f"Report: {out / 'report.html'}",
         "",
         "Next, on your own data:",

@@ -122,8 +122,8 @@ class ProjectorConfig:
     pixel_shuffle: int = 1
     """2 folds every 2x2 patches into one image token (four times fewer tokens)."""
     norm: bool = False
-    """LayerNorm over the (shuffled) row in front of the first layer, as InternVL has it: what exports of a model with
-    pixel shuffle need, since LLaVA's layout has neither."""
+    """LayerNorm over the (shuffled) row in front of the first layer, as InternVL's projector has it. LLaVA's layout has
+    neither norm nor pixel shuffle, so such a projector is exported alone (``--part projector``)."""
     hidden_size: int | None = None
     """Width between the two layers; the language model's hidden size when not given."""
 

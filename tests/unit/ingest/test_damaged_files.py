@@ -7,6 +7,8 @@ import gzip
 import io
 import os
 import random
+import signal
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -74,7 +76,8 @@ def test_a_frame_that_ends_gdcms_process_costs_that_frame_alone():
 
 
 def test_a_frame_that_keeps_gdcm_busy_is_given_up(monkeypatch):
-    monkeypatch.setattr(gdcm_frames, "LONGEST_S", 0.0)
+    monkeypatch.setattr(gdcm_frames, "LONGEST_S", 0.2)
+    os.kill(gdcm_frames._process().pid, signal.SIGSTOP)  # as busy as can be
     ds = pydicom.dcmread(SHIPPED / "SC_rgb_jpeg_gdcm.dcm")
     with pytest.raises(RuntimeError, match="GDCM died"):
         pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN)
@@ -91,3 +94,16 @@ def test_a_panic_of_a_codec_in_rust_is_a_refusal():
     ds.save_as(out)
     with pytest.raises(PictureError, match="truncated-or-corrupt"):
         decode(out.getvalue())
+
+
+def test_nothing_of_a_damaged_header_is_printed(caplog):
+    """pydicom's warnings quote the values they complain of."""
+    content = (SHIPPED / "CT_small.dcm").read_bytes()
+    place = content.index(b"1.3.6.1.4.1.5962.1.2.1")
+    content = content[:place] + b"name: Jane Doe" + content[place + 14 :]
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level("DEBUG"):
+        warnings.simplefilter("always")
+        ds = pydicom.dcmread(io.BytesIO(content))
+        assert any("Jane" in str(element.value) for element in ds if element.VR == "UI")
+        decode(content)
+    assert not [message for message in (*map(str, warned), *caplog.messages) if "Jane" in message]

@@ -18,7 +18,8 @@ PYTEST ?= -m pytest -n 2 --dist loadgroup
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test convert-bench twins lock
+.PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test twins lock
+.PHONY: convert-bench convert-matrix fuzz chat-test gpu-rehearsal
 
 setup: $(VENV)/ready
 
@@ -84,6 +85,25 @@ image-test:
 # A 20B in MXFP4 with random blocks (13.8 GB) converted in and out, with its figures.
 convert-bench: setup
 	@$(BIN)/python tools/convert/benchmark.py --work build/convert-bench
+
+# Every layout x dtype x tower of the converters, by logits.
+convert-matrix: setup
+	@$(BIN)/python tools/convert/matrix.py
+
+# Damaged inputs, pictures and datasets by the ten thousand (CI does a few hundred of each).
+fuzz: setup
+	@MEDGPT_FUZZ_CASES=1300 $(BIN)/python -m pytest tests/unit/ingest/test_damaged_inputs.py --timeout 1800
+	@MEDGPT_FUZZ_CASES=20000 $(BIN)/python -m pytest tests/unit/ingest/test_damaged_files.py \
+	  tests/unit/data/test_damaged_datasets.py --timeout 3600
+
+# The page of `medgpt chat` with Gradio, which asks for an older Pillow than ours and so gets a folder of its own.
+chat-test: setup
+	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6' $(PIP_ARGS)
+	@PYTHONPATH=build/chat-packages $(BIN)/python -m pytest tests/unit/chat
+
+# Everything tools/gpu/verify.sh does, in a tiny form without a GPU.
+gpu-rehearsal: setup
+	@PYTHON=$(BIN)/python tools/gpu/verify.sh --rehearse --only machine,build,tests,bench,sanitize --out build/rehearsal
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) demo build *.egg-info

@@ -23,6 +23,7 @@ SEVERAL_RANKS = (
 ranks compute at once; every other file goes whole to some worker."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:

@@ -14,7 +14,7 @@ PYTHON_NEWEST ?= $(shell for p in python3.13 python3.12; do $$p -c 'import venv'
 VENV_NEWEST ?= .venv-newest
 
 # Two files at a time; what starts several ranks stays with one worker (tests/conftest.py).
-PYTEST ?= -m pytest -n 2 --dist loadgroup
+PYTEST ?= -m pytest -n 2 --dist loadscope
 
 export OMP_NUM_THREADS ?= 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -19,17 +18,21 @@ SEVERAL_RANKS = (
     "unit/evaluate/test_engine_layouts.py",
     "unit/evaluate/test_killed_evaluation.py",
 )
-"""Tests that start ranks of their own. Under ``pytest -n`` one worker takes all of them, so that never more than four
-ranks compute at once; every other file goes whole to some worker."""
+"""Tests that start ranks of their own."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(here).as_posix()
-        group = "ranks" if place.startswith(SEVERAL_RANKS) else place
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker takes all tests with ranks of their own, so that no more than four ranks compute at once; every other
+    file goes whole to some worker. (``--dist loadgroup`` does not see its groups in pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = nodeid.split("::")[0].removeprefix("tests/")
+            return "ranks" if place.startswith(SEVERAL_RANKS) else place
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

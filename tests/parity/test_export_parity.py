@@ -376,8 +376,7 @@ def test_logits_catch_siglip_features_behind_the_post_norm(one_process, tmp_path
 def test_training_and_the_exported_processor_see_the_same_pixels(tmp_path, config, reader):
     """Less than half a grey level apart on average, before normalisation, and at most two levels.
 
-    With Pillow they are the same to the bit. DALI samples its filter more coarsely: a few values in 10,000 differ by
-    three levels or more (see convert/README.md).
+    With Pillow they are the same to the bit; with DALI torch resizes, at most two grey levels off (convert/README.md).
     """
     if reader == "dali":
         pytest.importorskip("nvidia.dali")
@@ -393,7 +392,8 @@ def test_training_and_the_exported_processor_see_the_same_pixels(tmp_path, confi
     for number, (width, height) in enumerate([(64, 64), (200, 90), (51, 160), (56, 56), (333, 17), (30, 31)]):
         y, x = np.mgrid[:height, :width]
         smooth = 127 + 100 * np.sin(x / 9 + number) * np.cos(y / 7)
-        pixels = smooth[..., None] + generator.normal(0, 5, (height, width, 3))
+        noise = 80 if number % 2 else 5
+        pixels = smooth[..., None] + generator.normal(0, noise, (height, width, 3))
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         path = tmp_path / "image.png"
         image.save(path)
@@ -402,7 +402,7 @@ def test_training_and_the_exported_processor_see_the_same_pixels(tmp_path, confi
         theirs = processor(images=[image], return_tensors="pt")["pixel_values"][0]
         difference = ((ours - theirs) * std * 255).abs()
         assert difference.mean() < 0.5, (width, height)
-        assert (difference > 2.01).double().mean() <= (1e-3 if reader == "dali" else 0.0), (width, height)
+        assert difference.max() <= 2.01, (width, height)
         assert ((ours * std + mean) * 255).std() > 5  # a picture, not one grey
 
 

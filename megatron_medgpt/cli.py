@@ -74,6 +74,7 @@ def demo(
 def phantoms(
     out: Out = Path("phantoms"),
     images: Annotated[int, typer.Option(help="Training images.")] = 2000,
+    validation: Annotated[int, typer.Option(help="Validation images.")] = 200,
     questions: Annotated[int, typer.Option(help="Held-out questions.")] = 200,
     seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
 ) -> None:
@@ -83,7 +84,7 @@ def phantoms(
     """
     from megatron_medgpt.ingest.phantom_study import make_phantoms
 
-    make_phantoms(out, num_train=images, num_test=questions, seed=seed)
+    make_phantoms(out, num_train=images, num_validation=validation, num_test=questions, seed=seed)
 
 
 @app.command()

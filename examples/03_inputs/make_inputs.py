@@ -14,9 +14,14 @@ import sys
 import tarfile
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pydicom
+import tifffile
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -34,13 +39,64 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
+def volume(seed: int) -> tuple[np.ndarray, str]:
+    """Hounsfield units, int16 (x, y, z) to the patient's left, back and head, and what there is to see."""
+    rng = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (48, 48, 8)), indexing="ij")
+    right, down = rng.choice((-0.35, 0.35), 2)
+    hu = np.where(np.hypot(x / 0.9, y / 0.75) < 1, 40, -1000)
+    hu = np.where(np.hypot(x - right, y - down, z / 2) < 0.2, 230, hu) + rng.normal(0, 15, hu.shape)
+    return hu.astype(np.int16), f"CT with one round lesion in the {'lower' if down > 0 else 'upper'} " + (
+        "right." if right > 0 else "left."
+    )
+
+
+def write_series(folder: Path, voxels: np.ndarray) -> str:
+    """A CT series, one file a slice, and its series UID. Names and numbers run against the order in the body."""
+    series, study = generate_uid(), generate_uid()
+    count = voxels.shape[2]
+    for place in range(count):
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, generate_uid()
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber = study, series, count - place
+        ds.PatientName, ds.PatientID = "PHANTOM", "PH0"
+        ds.Modality, ds.PhotometricInterpretation, ds.SamplesPerPixel = "CT", "MONOCHROME2", 1
+        ds.Columns, ds.Rows = voxels.shape[:2]
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+        ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, 0, "HU"
+        ds.PixelSpacing, ds.SliceThickness = [7, 7], 20
+        ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 20 * place]
+        ds.PixelData = voxels[:, :, place].T.tobytes()
+        ds["PixelData"].VR = "OW"
+        ds.save_as(folder / f"{series.rpartition('.')[2]}-{count - place:03}", enforce_file_format=True)
+    return series
+
+
+def write_slide(path: Path, seed: int, um_per_px: float = 0.5) -> None:
+    """A tiled TIFF with a pyramid: white, with one piece of purple tissue."""
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[-1:1:768j, -1:1:768j]
+    pixels = np.full((768, 768, 3), 244, np.uint8)
+    tissue = np.hypot(x, y / rng.uniform(0.8, 1)) < 0.85
+    pixels[tissue] = np.array((150, 60, 140)) + rng.integers(0, 30, (int(tissue.sum()), 1))
+    per_cm = 10_000 / um_per_px
+    with tifffile.TiffWriter(path) as writer:
+        for step in (1, 4):
+            writer.write(
+                pixels[::step, ::step], tile=(256, 256), photometric="rgb", subfiletype=int(step > 1),
+                resolution=(per_cm / step, per_cm / step), resolutionunit="CENTIMETER", metadata=None,
+            )  # fmt: skip
+
+
 def main(phantoms: Path, out: Path) -> None:
     captions = [json.loads(line) for line in (phantoms / "train" / "captions.jsonl").read_text().splitlines()]
     dialogues = json.loads((phantoms / "train" / "dialogues.json").read_text())
     tables = sorted((phantoms / "test" / "QA_information" / "Open-access").glob("*.json"))
     questions = [row for table in tables for row in json.loads(table.read_text())]
     for name in ("llava", "messages", "roco", "vqa_rad", "pmc_vqa", "slake/imgs", "webdataset", "energon/.nv-meta",
-                 "pairs", "dicom/tree"):  # fmt: skip
+                 "pairs", "dicom/tree", "series/tree", "nifti/volumes", "slides/scans"):  # fmt: skip
         (out / name).mkdir(parents=True)
 
     def picture(row: dict) -> bytes:
@@ -132,6 +188,24 @@ def main(phantoms: Path, out: Path) -> None:
             shutil.copy(path, folder / f"IM{len(reports):04}")
             reports.append({"SOPInstanceUID": header.SOPInstanceUID, "report": row["caption"]})
     write_csv(out / "dicom" / "reports.csv", reports)
+
+    # CT in three dimensions: series of DICOM files with reports by series UID, and NIfTI volumes with a table.
+    reports, volumes = [], []
+    for seed in range(4):
+        voxels, text = volume(seed)
+        series = write_series(out / "series" / "tree", voxels)
+        reports.append({"SeriesInstanceUID": series, "report": text})
+        name = f"volumes/{seed}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-7.0, -7.0, 20.0, 1.0])), out / "nifti" / name)
+        volumes.append({"image": name, "modality": "CT", "report": text})
+    write_csv(out / "series" / "reports.csv", reports)
+    write_csv(out / "nifti" / "volumes.csv", volumes)
+
+    # Whole slides and a table.
+    slides = [{"image": f"scans/{seed}.tif", "caption": "A piece of purple tissue."} for seed in range(2)]
+    for seed, row in enumerate(slides):
+        write_slide(out / "slides" / row["image"], seed)
+    write_csv(out / "slides" / "slides.csv", slides)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ out=${1:-work/inputs}
 PATH="$here/../../.venv/bin:$PATH"
 inputs=("${@:2}")
 [ ${#inputs[@]} -gt 0 ] ||
-  inputs=(llava messages roco vqa_rad pmc_vqa slake omnimedvqa webdataset energon pairs dicom)
+  inputs=(llava messages roco vqa_rad pmc_vqa slake omnimedvqa webdataset energon pairs dicom series nifti
+    slides)
 
 mkdir -p "$out"
 cd "$out"
-medgpt phantoms --out phantoms --images 24 --questions 16
+medgpt phantoms --out phantoms --images 24 --validation 0 --questions 16
 python "$here/make_inputs.py" phantoms inputs
 python "$here/../../tools/data/train_tokenizer.py" phantoms/train/captions.jsonl phantoms/train/dialogues.json \
   --out tokenizer --vocab-size 512
@@ -29,6 +30,9 @@ for input in "${inputs[@]}"; do
     energon)    ingest inputs/energon --out data/energon ;;
     pairs)      ingest inputs/pairs --out data/pairs ;;
     dicom)      ingest inputs/dicom/reports.csv --image-root inputs/dicom/tree --out data/dicom ;;
+    series)     ingest inputs/series/reports.csv --image-root inputs/series/tree --slices even:3 --out data/series ;;
+    nifti)      ingest inputs/nifti/volumes.csv --slices even:3 --out data/nifti ;;
+    slides)     ingest inputs/slides/slides.csv --um-per-px 1 --tile-px 96 --tiles even:4 --out data/slides ;;
   esac
 done
 
@@ -36,7 +40,7 @@ data=$(printf '{path: data/%s},' "${inputs[@]}")
 train=(medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]")
 "${train[@]}" &
 running=$!
-until [ "$(cat run/metrics.jsonl 2>/dev/null | wc -l)" -ge 3 ] || ! kill -0 $running 2>/dev/null; do sleep 0.05; done
+until [ -s run/metrics.jsonl ] || ! kill -0 $running 2>/dev/null; do sleep 0.1; done
 kill -TERM $running 2>/dev/null || true # as Ctrl-C or a cluster stops it: it saves and ends
 wait $running
 "${train[@]}" # the same command goes on where it was

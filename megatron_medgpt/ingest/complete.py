@@ -11,7 +11,6 @@ from importlib.metadata import version
 
 import numpy as np
 import PIL
-import pydicom
 
 from megatron_medgpt.config.errors import WorkError
 from megatron_medgpt.data.manifest import REJECTS, TOKENIZER, Manifest, write_manifest
@@ -63,7 +62,7 @@ def complete(
         "notes": dict(sorted(notes.items())), "decode": asdict(settings.decode),
         "versions": {
             "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,
-            "pydicom": pydicom.__version__, "torch": version("torch"),
+            "pydicom": version("pydicom"), "torch": version("torch"),
         },
     }  # fmt: skip
     write_datasheet(settings.out, shards, rejects=counts, store=settings.store, provenance=provenance, tokenizer=words)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 
 from megatron_medgpt.data.picture import PictureError, resolve_inside
 from megatron_medgpt.ingest.decode.options import picked
+from megatron_medgpt.ingest.decode.reading import dcmread
 
 _TAGS = [
     "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "SeriesNumber", "InstanceNumber", "Rows",
@@ -73,7 +73,7 @@ def _names(root: Path) -> Iterator[str | None]:
     index = root / "DICOMDIR"
     if index.is_file():
         try:
-            records = pydicom.dcmread(index).get("DirectoryRecordSequence") or []
+            records = dcmread(index).get("DirectoryRecordSequence") or []
             listed = [record.get("ReferencedFileID") for record in records]
         except Exception:  # what a damaged header leads to: ValueError, struct.error, pydicom's own ...
             listed = []
@@ -101,7 +101,7 @@ def _inside(root: Path, name: str) -> str | None:
 
 def _read(root: Path, name: str, keyword: str) -> _File | None:
     try:
-        header = pydicom.dcmread(root / name, stop_before_pixels=True, specific_tags=_TAGS)
+        header = dcmread(root / name, stop_before_pixels=True, specific_tags=_TAGS)
         if keyword not in header or "Rows" not in header:
             return None  # other files lie in such trees; a table's row whose file is missing is counted there
         series = (int(header.get("SeriesNumber") or 0), str(header.get("SeriesInstanceUID", "")))

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import os
 import re
 import secrets
 from pathlib import Path
-
-import pydicom.config
-from pydicom.dataset import Dataset
+from typing import TYPE_CHECKING
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.types import MODALITIES
 
-# pydicom tells of a damaged element by printing its value, as a warning and to its log.
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 _KEY_BYTES = 32
 _DICOM_MODALITIES = {

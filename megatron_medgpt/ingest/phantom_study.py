@@ -53,6 +53,8 @@ OPTIONS = {
     "Modality Recognition": tuple(NAMES.values()), "Anatomy Identification": PLACES, "Disease Diagnosis": SHAPES,
     "Lesion Grading": NUMBERS,
 }  # fmt: skip
+_CHUNK = 64
+"""Pictures that a process is given at a time."""
 _STORAGE = {
     "ct": ("CT", CTImageStorage), "mr": ("MR", MRImageStorage),
     "xray": ("DX", DigitalXRayImageStorageForPresentation), "ultrasound": ("US", UltrasoundImageStorage),
@@ -100,9 +102,14 @@ def make_phantoms(
     (study.questions / "QA_information" / "Open-access").mkdir(parents=True, exist_ok=True)
     for modality in MODALITIES:
         (study.questions / "Images" / f"Phantom {NAMES[modality]}").mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
-        examples = pool.map(partial(_write_example, out, size_px), tasks, chunksize=64)
-        questions = pool.map(partial(_write_question, study.questions, size_px), tests, chunksize=64)
+    write_example = partial(_write_example, out, size_px)
+    write_question = partial(_write_question, study.questions, size_px)
+    if len(tasks) + len(tests) <= _CHUNK:  # processes take longer to start
+        examples, questions = list(map(write_example, tasks)), list(map(write_question, tests))
+    else:
+        with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
+            examples = pool.map(write_example, tasks, chunksize=_CHUNK)
+            questions = pool.map(write_question, tests, chunksize=_CHUNK)
     for split in ("train", "validation"):
         _write_tables(out / split, [example for (of, _, _), example in zip(tasks, examples) if of == split])
     for modality in MODALITIES:

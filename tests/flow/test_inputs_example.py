@@ -16,10 +16,11 @@ from megatron_medgpt.data.shards import Dataset, verify
 from megatron_medgpt.observe.metrics import read_metrics
 from megatron_medgpt.types import ImageSpec
 
-pytest.importorskip("pyarrow")
+for needed in ("pyarrow", "openslide", "tifffile"):
+    pytest.importorskip(needed)
 ROOT = Path(__file__).parents[2]
 INPUTS = ("llava", "messages", "roco", "vqa_rad", "pmc_vqa", "slake", "omnimedvqa", "webdataset", "energon", "pairs",
-          "dicom")  # fmt: skip
+          "dicom", "series", "nifti", "slides")  # fmt: skip
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -47,6 +48,8 @@ def test_an_input_is_whole_and_resumes_at_every_position(work, name):
     dataset = Dataset(folder)
     assert dataset.manifest.num_records == len(dataset) > 0
     assert dataset.manifest.num_images > 0
+    if per_record := {"series": 3, "nifti": 3, "slides": 4}.get(name):
+        assert dataset.manifest.num_images == per_record * len(dataset)
     options = {
         "image": ImageSpec(size_px=28, num_tokens=4, mean=(0.5,) * 3, std=(0.5,) * 3), "tokenizer_fingerprint": None,
         "sequence_length": 256, "seed": 0, "reader": "pillow",

@@ -159,6 +159,35 @@ def test_an_ingest_array_with_one_failed_element_is_mended_by_running_that_eleme
 
 
 @slow
+def test_one_table_is_split_by_its_shards_and_comes_out_as_if_it_had_not_been(cluster, tmp_path):
+    import numpy as np
+
+    from megatron_medgpt.ingest.command import run_ingest
+    from tests.small_data import picture, small_tokenizer
+
+    small_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "key").write_text("0" * 64)
+    (tmp_path / "key").chmod(0o600)
+    (tmp_path / "0.png").write_bytes(picture("red", np.random.default_rng(0)))
+    rows = [{"id": str(i), "image": "0.png", "caption": f"The picture is red {i}."} for i in range(2100)]
+    table = tmp_path / "captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chain = [{
+        "job": "ingest", "name": "captions", "inputs": [str(table)], "out": "data", "elements": 2,
+        "tokenizer": str(tmp_path / "tokenizer"), "key_file": str(tmp_path / "key"),
+    }]  # fmt: skip
+    array, merge = submit(cluster, tmp_path / "w", "chain", nodes=1, chain=chain)
+    assert merge.wait_for_end() == "COMPLETED", array.log + merge.log
+    run_ingest(
+        [table], out=tmp_path / "whole", tokenizer=tmp_path / "tokenizer", key_file=tmp_path / "key", workers=1,
+        echo=lambda line: None,
+    )  # fmt: skip
+    split, whole = (json.loads((f / "dataset.json").read_text()) for f in (tmp_path / "w/data", tmp_path / "whole"))
+    assert len(split["shards"]) == 2
+    assert split == whole
+
+
+@slow
 def test_sigusr1_saves_a_step_requeues_and_ends_like_sigterm(cluster, run_file, tmp_path):
     train = {"run": str(run_file), "out": "run", "overrides": ["stages.align.num_steps=150"]}
     (job,) = submit(cluster, tmp_path / "w", preflight="no", train=train)

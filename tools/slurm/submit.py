@@ -160,7 +160,7 @@ def _ingest(kind: str, name: str, entry: dict[str, Any], settings: dict[str, Any
     shell = _shell({**common, **own})
     files = {"INPUT_LIST": "".join(f"{item}\n" for item in inputs)}
     array = Job(name, "ingest.sbatch", shell, [f"--array=0-{elements - 1}", *_site(settings, entry)], files)
-    return [array, Job(f"{name}-merge", "merge.sbatch", shell, _site(settings, entry))]
+    return [array, Job(f"{name}-merge", "merge.sbatch", shell, _site(settings, entry), files)]
 
 
 def _command(

@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterator
 
 import numpy as np
-import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
@@ -30,8 +29,9 @@ from pydicom.uid import (
 from megatron_medgpt.data.picture import PictureError, check_size
 from megatron_medgpt.ingest.decode import gdcm_frames
 from megatron_medgpt.ingest.decode.codestream import check_deflated, halvings_of_j2k, size_of
-from megatron_medgpt.ingest.decode.frames import LARGEST_PICTURES, count_frames, header_of_frame
-from megatron_medgpt.ingest.decode.options import DecodeOptions, picked
+from megatron_medgpt.ingest.decode.frames import count_frames, header_of_frame
+from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
+from megatron_medgpt.ingest.decode.reading import dcmread
 from megatron_medgpt.ingest.decode.windowing import to_8_bit
 from megatron_medgpt.ingest.identity import held_back
 
@@ -48,11 +48,6 @@ _PLUGINS = {
 gdcm_frames.register()
 
 
-def is_dicom(content: bytes) -> bool:
-    """Whether bytes are a DICOM file with its preamble (without one, pydicom would have to guess)."""
-    return content[128:132] == b"DICM"
-
-
 def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Dataset, list[np.ndarray]]:
     """The header and the chosen frames, uint8 (rows, columns) or (rows, columns, 3).
 
@@ -61,7 +56,7 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
     """
     check_deflated(content)
     try:
-        ds = pydicom.dcmread(io.BytesIO(content))
+        ds = dcmread(io.BytesIO(content))
         rows, columns = int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)
         num_frames = count_frames(ds)
         has_pixels = any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))

@@ -7,8 +7,6 @@ from pydicom.dataset import Dataset
 from megatron_medgpt.data.picture import PictureError
 
 LARGEST_FRAMES = 10_000
-LARGEST_PICTURES = 1024
-"""Pictures that one file may become."""
 _GROUPS = ("PixelValueTransformationSequence", "IdentityPixelValueTransformationSequence", "FrameVOILUTSequence")
 _FOR_ALL_FRAMES = (
     "Modality", "PhotometricInterpretation", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation",

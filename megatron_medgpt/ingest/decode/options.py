@@ -16,6 +16,8 @@ CT_WINDOWS_HU: dict[str, tuple[tuple[float, float], ...]] = {
 }
 """(centre, width) of what a CT without a window gets; ``three`` puts lung, soft tissue and brain into red, green, blue,
 and replaces a window that the file brings."""
+LARGEST_PICTURES = 1024
+"""Pictures that one file may become."""
 _PICK = re.compile(r"middle|all|(?:every|even):[1-9][0-9]{0,4}")
 
 

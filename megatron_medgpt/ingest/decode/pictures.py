@@ -12,9 +12,8 @@ from PIL import Image  # before GDCM: loaded after it, Pillow 13's PNG writer cr
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import Picture, PictureError, canonical, encode_png, pixels_of
 from megatron_medgpt.data.shards import pack_pixels
-from megatron_medgpt.ingest.decode.dicom import frames_of, is_dicom
+from megatron_medgpt.ingest.decode.kinds import is_dicom, is_nifti
 from megatron_medgpt.ingest.decode.options import DecodeOptions
-from megatron_medgpt.ingest.decode.volume import is_nifti, slices_of
 from megatron_medgpt.ingest.identity import modality_of_header
 
 ENCODED = Store()
@@ -48,10 +47,14 @@ def decode(
     Raises:
         PictureError: with the reason; see also ``data.picture.canonical``.
     """
-    if is_dicom(content):
+    if is_dicom(content):  # pydicom and its codecs, 0.3 s of imports that other files need not pay
+        from megatron_medgpt.ingest.decode.dicom import frames_of
+
         header, frames = frames_of(content, options, allow_burned_in=allow_burned_in)
         return written(frames, modality_of_header(header), store)
     if is_nifti(content):
+        from megatron_medgpt.ingest.decode.volume import slices_of
+
         return written(slices_of(content, options, modality), _UNKNOWN, store)
     if store.kind == "pixels":
         return written([pixels_of(content, options.scaled_px)], _UNKNOWN, store)

@@ -9,8 +9,7 @@ from PIL import Image
 
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import LARGEST_PIXELS, PictureError
-from megatron_medgpt.ingest.decode.frames import LARGEST_PICTURES
-from megatron_medgpt.ingest.decode.options import DecodeOptions, picked
+from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
 from megatron_medgpt.ingest.decode.pictures import ENCODED, Decoded, written
 from megatron_medgpt.types import MODALITIES
 

@@ -14,8 +14,7 @@ import nibabel
 import numpy as np
 
 from megatron_medgpt.data.picture import PictureError, check_size
-from megatron_medgpt.ingest.decode.frames import LARGEST_PICTURES
-from megatron_medgpt.ingest.decode.options import CT_WINDOWS_HU, DecodeOptions, picked
+from megatron_medgpt.ingest.decode.options import CT_WINDOWS_HU, LARGEST_PICTURES, DecodeOptions, picked
 from megatron_medgpt.ingest.decode.windowing import PERCENTILES, linear_exact
 from megatron_medgpt.ingest.identity import modality_of_name
 from megatron_medgpt.types import MODALITIES
@@ -25,17 +24,6 @@ _LARGEST_HEADER_BYTES = 16 << 20
 _MUCH_THICKER = 1.5
 _STATISTICS_SLICES = 32
 _AXIAL = 2
-
-
-def is_nifti(content: bytes) -> bool:
-    """Whether bytes are NIfTI-1 or NIfTI-2 in one file, gzipped or not."""
-    start = content[:348]
-    if content[:2] == b"\x1f\x8b":
-        try:
-            start = zlib.decompressobj(31).decompress(content[:65536], 348)
-        except zlib.error:
-            return False
-    return start[344:347] == b"n+1" or start[4:7] == b"n+2"
 
 
 def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> list[np.ndarray]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote, unquote
 
-import fsspec
-
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.picture import LARGEST_FILE_BYTES, PictureError, read_capped, resolve_inside
 from megatron_medgpt.ingest.sources.columns import IMAGE_ENDINGS
@@ -72,6 +70,8 @@ def open_place(place: Place) -> IO[bytes]:
             if not stat.S_ISREG(os.stat(place).st_mode):  # a pipe would be waited for
                 raise UsageError(f"{place} is not a regular file")
             return open(place, "rb")
+        import fsspec  # only where there is a URL
+
         return io.BufferedReader(fsspec.open(place, "rb").open())
     except UsageError:
         raise
@@ -131,6 +131,8 @@ def _read_url(root: str, name: str) -> bytes:
 
 
 def _fetched(url: str, pauses_s: tuple[float, ...] = _PAUSES_S) -> bytes:
+    import fsspec
+
     try:
         with fsspec.open(url, "rb").open() as file:
             return file.read(LARGEST_FILE_BYTES + 1)

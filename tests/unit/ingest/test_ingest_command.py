@@ -59,6 +59,23 @@ def test_good_records_become_a_whole_dataset(study, ingest, tmp_path):
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+def test_an_ingest_of_plain_pictures_imports_nothing_that_only_other_files_need(study, tokenizer_folder, tmp_path):
+    """Each of these takes a tenth of a second to some seconds, at every start and in every worker."""
+    (study / "plain.png").write_bytes(encoded())
+    (study / "plain.jsonl").write_text(json.dumps({"image": "plain.png", "caption": "plain"}) + "\n")
+    heavy = ("torch", "transformers", "nvidia.dali", "pydicom", "nibabel", "fsspec", "aiohttp", "pyarrow", "openslide")
+    program = (
+        "import sys; from megatron_medgpt.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        f"print('imported', [name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, "ingest", str(study / "plain.jsonl"), "--workers", "1",
+               "--tokenizer", str(tokenizer_folder), "--key-file", str(tmp_path / "own.key"), "--out",
+               str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "1 samples" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("imported []\n")
+
+
 def test_any_number_of_workers_writes_the_same_bytes(study, ingest, tmp_path):
     ingest(study, "one", workers=1)
     ingest(study, "two", workers=2)

@@ -475,9 +475,17 @@ def _pairs(texts: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and its exit code, never a traceback."""
+    """Entry point: an expected error is one line on stderr and its exit code, never a traceback.
+
+    What the machine refuses (a full disk, a file that may not be read) is expected too: the work has failed.
+    """
     try:
         app()
+    except OSError as error:
+        if os.environ.get("MEDGPT_DEBUG"):
+            raise
+        _say_failed(str(error))
+        raise SystemExit(MedgptError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
@@ -486,10 +494,14 @@ def main() -> None:
             if rank == "0":  # every rank has found the same
                 print(f"medgpt: error: {error}", file=sys.stderr, flush=True)
         else:
-            at = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            print(f"medgpt: {at}failed: {error}", file=sys.stderr, flush=True)
+            _say_failed(str(error))
         sys.stdout.flush()
         raise SystemExit(error.exit_code) from None
+
+
+def _say_failed(reason: str) -> None:
+    at = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"medgpt: {at}failed: {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,13 @@ def test_a_projector_with_pixel_shuffle_and_norm_travels_alone_and_is_refused_as
     with pytest.raises(UsageError, match="pixel_shuffle=2 and norm=True"):
         export_hf(checkpoint, tmp_path / "hf", tokenizer=tokenizer)
     export_hf(checkpoint, tmp_path / "projector", dtype="fp32", part="projector")
-    plan = plan_import(
-        write_gpt_oss(tmp_path / "language", CLIP, weights),
-        vision=write_tower(tmp_path / "tower", CLIP, weights),
-        projector=tmp_path / "projector",
-    )
+    language = write_gpt_oss(tmp_path / "language", CLIP, weights)
+    parts = {"vision": write_tower(tmp_path / "tower", CLIP, weights), "projector": tmp_path / "projector"}
+    plan = plan_import(language, **parts)
     assert plan.config.projector == config.projector
+    for of_a_new_one in ({"pixel_shuffle": 2}, {"projector_norm": True}):
+        with pytest.raises(UsageError, match="shapes a new projector, and .*projector gives one; leave it out"):
+            plan_import(language, **parts, **of_a_new_one)
     assert _equal(_stored(import_hf(plan, tmp_path / "out")), weights)
 
 

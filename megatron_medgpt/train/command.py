@@ -73,7 +73,10 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
         _check_questions(stage)
     start_from = config.checkpoint.start_from
     if start_from is not None and not (Path(start_from) / "manifest.json").is_file():
-        raise UsageError(f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json)")
+        raise UsageError(
+            f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json); "
+            "name a step-NNNNNNNN folder, or one that medgpt convert wrote"
+        )
     return layouts
 
 

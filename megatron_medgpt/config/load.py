@@ -55,13 +55,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UsageError: the file is missing, is not UTF-8 or not YAML, or holds something else than a mapping.
+        UsageError: the file is missing, a folder, not readable, not UTF-8 or not YAML, or holds something else than a
+            mapping.
     """
     try:
         with path.open(encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        inside = path / "run.yaml"
+        raise UsageError(f"{path} is a folder; name {inside if inside.is_file() else 'a YAML file'}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):

@@ -27,6 +27,11 @@ def _positive(section: str, **values: float) -> None:
         _require(value > 0, f"{section}.{name} is {value}; it must be greater than 0")
 
 
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= 0, f"{section}.{name} is {value}; it must be 0 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     """Shape of a GPT-oss language model. The defaults are GPT-oss 20B (openai/gpt-oss ``gpt_oss/torch/model.py``)."""
@@ -58,8 +63,13 @@ class LanguageConfig:
             num_layers=self.num_layers, hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups, head_dim=self.head_dim, num_experts=self.num_experts,
             num_experts_per_token=self.num_experts_per_token, expert_hidden_size=self.expert_hidden_size,
-            vocab_size=self.vocab_size, sliding_window=self.sliding_window,
+            vocab_size=self.vocab_size, sliding_window=self.sliding_window, norm_eps=self.norm_eps,
+            swiglu_limit=self.swiglu_limit, yarn_factor=self.yarn_factor,
+            yarn_original_length=self.yarn_original_length, yarn_beta_fast=self.yarn_beta_fast,
+            yarn_beta_slow=self.yarn_beta_slow, max_length=self.max_length,
         )  # fmt: skip
+        _not_negative("model.language", init_std=self.init_std)
+        _require(self.rope_base > 1, f"model.language.rope_base is {self.rope_base}; it must be greater than 1")
         _require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"model.language.num_query_groups={self.num_query_groups} does not divide "
@@ -94,6 +104,12 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _require(self.kind in ("clip", "siglip"), f"model.vision.kind={self.kind!r}; allowed: clip, siglip")
+        _positive(
+            "model.vision",
+            num_layers=self.num_layers, hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads,
+            mlp_hidden_size=self.mlp_hidden_size, patch_size_px=self.patch_size_px, norm_eps=self.norm_eps,
+            std=min(self.std),
+        )  # fmt: skip
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"model.vision.num_attention_heads={self.num_attention_heads} does not divide "
@@ -129,6 +145,8 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         _require(self.pixel_shuffle in (1, 2), f"model.projector.pixel_shuffle={self.pixel_shuffle}; allowed: 1, 2")
+        if self.hidden_size is not None:
+            _positive("model.projector", hidden_size=self.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +263,8 @@ class ScheduleConfig:
             self.kind in ("cosine", "linear", "constant"),
             f"schedule.kind={self.kind!r}; allowed: cosine, linear, constant",
         )
+        _not_negative("schedule", warmup_steps=self.warmup_steps)
+        _require(0 <= self.min_factor <= 1, f"schedule.min_factor is {self.min_factor}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,12 +283,17 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _positive("optimizer", learning_rate=self.learning_rate)
-        for module in self.module_learning_rates:
+        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
+        _not_negative("optimizer", weight_decay=self.weight_decay, clip_grad_norm=self.clip_grad_norm)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be 0 or more and less than 1")
+        for module, rate in self.module_learning_rates.items():
             _require(
                 module in MODULES,
                 f"optimizer.module_learning_rates names {module!r}; allowed: {', '.join(MODULES)}",
             )
+            _not_negative("optimizer.module_learning_rates", **{module: rate})
 
 
 VALIDATION_METRICS = ("validation_loss", "validation_ppl", "option_accuracy", "option_loss")
@@ -336,7 +361,9 @@ class ExitConfig:
             self.metric is None or self.threshold is not None or self.patience > 0,
             f"exit.metric={self.metric} ends nothing; set exit.threshold or exit.patience",
         )
-        _require(self.metric is not None or self.patience == 0, f"exit.patience={self.patience} needs exit.metric")
+        for name in ("threshold", "patience"):
+            value = getattr(self, name)
+            _require(self.metric is not None or not value, f"exit.{name}={value} needs exit.metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +425,12 @@ class StageConfig:
             self.question_protocol in ("chat-likelihood", "official-prefix"),
             f"{at}.question_protocol={self.question_protocol!r}; allowed: chat-likelihood, official-prefix",
         )
-        _positive(at, num_questions=self.num_questions)
+        _positive(at, num_questions=self.num_questions, validation_rows=self.validation_rows)
+        _not_negative(
+            at, validation_interval=self.validation_interval,
+            router_balance_coefficient=self.router_balance_coefficient,
+            router_z_coefficient=self.router_z_coefficient,
+        )  # fmt: skip
         _check_metric(f"{at}.exit.metric", self.exit.metric, self)
         _check_metric(f"{at}.best_by", self.best_by, self)
 
@@ -455,6 +487,7 @@ class RunConfig:
         _require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
         _require(self.precision in ("bf16", "fp32"), f"precision={self.precision!r}; allowed: bf16, fp32")
         _require(self.recompute in ("none", "layer"), f"recompute={self.recompute!r}; allowed: none, layer")
+        _require(self.num_threads >= 0, f"num_threads is {self.num_threads}; it must be 0 or more")
         for stage in self.stages:
             _require(
                 stage.sequence_length <= self.model.language.max_length,

@@ -113,6 +113,9 @@ def plan_import(
     vision_config = tower.vision_config if tower else VISION[str(new_vision)]
     vision_config = _adjusted(vision_config, feature_layer if not whole else None, image_size_px)
     given = open_published(Path(projector)) if projector is not None else opened if whole else None
+    if given is not None and (pixel_shuffle != 1 or projector_norm):
+        option = "--projector-norm" if projector_norm else f"--pixel-shuffle {pixel_shuffle}"
+        raise UsageError(f"{option} shapes a new projector, and {given.folder} gives one; leave it out")
     shape = (
         ProjectorConfig(pixel_shuffle=pixel_shuffle, norm=projector_norm) if given is None else given.projector_config
     )
@@ -202,7 +205,7 @@ def _adjusted(config: VisionConfig | None, feature_layer: int | None, image_size
     return replace(
         config,
         feature_layer=config.feature_layer if feature_layer is None else feature_layer,
-        image_size_px=image_size_px or config.image_size_px,
+        image_size_px=config.image_size_px if image_size_px is None else image_size_px,
     )
 
 

@@ -25,6 +25,7 @@ from megatron_medgpt.convert.logits import (
     open_transformers,
     our_logits,
     transformers_logits,
+    world_size_of,
 )
 from megatron_medgpt.convert.megatron_to_hf import QUANTISATION_REPORT, exported_config, resolve_checkpoint
 from megatron_medgpt.convert.mxfp4 import SCALE_RULES
@@ -34,6 +35,7 @@ from megatron_medgpt.convert.stored import StoredCheckpoint
 from megatron_medgpt.convert.stream import Part, Source, read_part, run_parts, split_rows
 from megatron_medgpt.convert.table import Table
 from megatron_medgpt.convert.vision import at_run_size
+from megatron_medgpt.parallel.plan import make_layout
 
 _NOT_COMPARED = ("init_std", "image_size_px", "pretrained_size_px", "num_layers", "feature_layer", "max_length")
 """Fields that change no logit of a prompt, or that an export states in another way (see ``exported_config``)."""
@@ -96,12 +98,14 @@ def verify(
         seed: of the prompts.
 
     Raises:
-        UsageError: a folder is not usable.
+        UsageError: a folder is not usable, or the model cannot be split as a layout says.
         WorkError: tensors are missing or left over.
     """
     path = resolve_checkpoint(checkpoint)
     stored = StoredCheckpoint(path, num_threads=num_threads)
     config = build(ModelConfig, stored.manifest.facts.model, "model")
+    for parallel in map(layout_from_text, layouts):  # before hours of comparing
+        make_layout(parallel, config, world_size_of(parallel))
     published = open_published(Path(hf))
     report = VerifyReport(quantised_by=_scale_rule(published))
     _compare_configuration(config, published, report)

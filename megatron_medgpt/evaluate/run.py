@@ -124,6 +124,8 @@ def _named(protocols: Sequence[str], engine: str) -> tuple[str, ...]:
 
 
 def _refuse_unused(engine: str, num_ranks: int, reasoning_effort: str | None, model: str | None) -> None:
+    if num_ranks < 1:
+        raise UsageError(f"--nproc {num_ranks}: must be at least 1")
     if reasoning_effort is not None and engine == "--checkpoint":
         raise UsageError("--reasoning-effort is for --hf and --endpoint; a checkpoint answers without thinking")
     if model is not None and engine != "--endpoint":

@@ -137,6 +137,15 @@ def _chosen(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
     return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK.long(), True)
 
 
+def packed_shapes(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the packed tensors by their names: the axis that a product sums over lies in blocks of 32."""
+    found = {}
+    for stack, outputs, inputs in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+        found[f"{stack}_blocks"] = (num_experts, outputs, inputs // MX_BLOCK, MX_BLOCK // 2)
+        found[f"{stack}_scales"] = (num_experts, outputs, inputs // MX_BLOCK)
+    return found
+
+
 class GroupedExperts(MegatronModule):
     """The experts of one rank, in GPT-oss's layout.
 
@@ -184,11 +193,10 @@ class GroupedExperts(MegatronModule):
         """
         tensors = self.state_dict(prefix="", keep_vars=True)
         if (metadata or {}).get("packed_experts"):
-            for name in ("gate_up", "down"):
-                E, K, N = tensors.pop(name).shape
-                made = {"dtype": torch.uint8, "device": self.down.device}
-                tensors[f"{name}_blocks"] = torch.empty((E, N, K // MX_BLOCK, MX_BLOCK // 2), **made)
-                tensors[f"{name}_scales"] = torch.empty((E, N, K // MX_BLOCK), **made)
+            num_experts, inner, hidden = tensors.pop("down").shape
+            del tensors["gate_up"]
+            for name, shape in packed_shapes(num_experts, hidden, inner).items():
+                tensors[name] = torch.empty(shape, dtype=torch.uint8, device=self.down.device)
         return split_over_experts(tensors, prefix, sharded_offsets, self.ep_group, self.expert_data_group)
 
     @torch.no_grad()

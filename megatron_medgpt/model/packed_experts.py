@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.model.attention import mark_slice
-from megatron_medgpt.model.experts import host_counts, routed_rows, row_index, split_over_experts
+from megatron_medgpt.model.experts import host_counts, packed_shapes, routed_rows, row_index, split_over_experts
 from megatron_medgpt.model.fused_dispatch import RoutedRows
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 
@@ -30,15 +30,6 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402  (afte
 
 LEAVES = ("blocks", "scales")
 STACKS = ("gate_up", "down")
-
-
-def packed_shapes(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the packed tensors by their names: the axis that a product sums over lies in blocks of 32."""
-    found = {}
-    for stack, outputs, inputs in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-        found[f"{stack}_blocks"] = (num_experts, outputs, inputs // MX_BLOCK, MX_BLOCK // 2)
-        found[f"{stack}_scales"] = (num_experts, outputs, inputs // MX_BLOCK)
-    return found
 
 
 class PackedExperts(MegatronModule):

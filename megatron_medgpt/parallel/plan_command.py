@@ -50,12 +50,14 @@ def run_plan(
         UsageError: unknown names, or nothing fits; the message says what would have come nearest.
     """
     config, chip = _model(model, vision), accelerator(gpu)
-    _check_numbers(gpus=gpus, sequence_length=sequence_length, global_batch_rows=global_batch_rows)
+    _check_numbers(gpus=gpus, sequence_length=sequence_length, global_batch_rows=global_batch_rows, keep=keep)
     _check_ratios(target_share=(target_share, 0, 1), images_per_row=(images_per_row, 0, None), skew=(skew, 1, None))
     _check_ratios(efficiency=(1.0 if efficiency is None else efficiency, 1e-6, 1))
+    _check_files(out, plot)
     for name in frozen:
         if name not in MODULES:
             raise UsageError(f"--frozen names {name!r}; allowed: {', '.join(MODULES)}")
+    _check_sequence(config, sequence_length)
     request = Request(
         model=config, num_gpus=gpus, gpu=chip, sequence_length=sequence_length, global_batch_rows=global_batch_rows,
         images_per_row=images_per_row, target_share=target_share, frozen=tuple(frozen), skew=skew,
@@ -68,6 +70,7 @@ def run_plan(
             "Take more GPUs, freeze modules (--frozen experts), or a shorter --sequence-length"
         )
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(to_yaml(recommended_run(plan)), encoding="utf-8")
     if plot is not None:
         from megatron_medgpt.parallel.plan_plot import draw_plan  # matplotlib takes a second to import
@@ -101,6 +104,28 @@ def _check_ratios(**ratios: tuple[float, float, float | None]) -> None:
         if not least <= value <= (math.inf if most is None else most):  # false for NaN too
             bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
             raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be {bounds}")
+
+
+def _check_sequence(model: ModelConfig, length: int) -> None:
+    """Refuse rows that no run of the model could have."""
+    if length > model.language.max_length:
+        raise UsageError(f"--sequence-length {length}: exceeds model.language.max_length={model.language.max_length}")
+    if length <= model.tokens_per_image:
+        raise UsageError(f"--sequence-length {length}: cannot hold one image of {model.tokens_per_image} tokens")
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Refuse, before planning, what could not be written after it."""
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder; name a file in it")
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise UsageError(f"{option} {path}: {there} is a file; name a folder")
+    if plot is not None and plot.suffix not in ("", ".png"):
+        raise UsageError(f"--plot {plot}: a PNG is drawn; end it in .png")
 
 
 def recommended_run(plan: Plan) -> RunConfig:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from megatron_medgpt.config.errors import MedgptError, UsageError
 from megatron_medgpt.config.load import load_run, override_run, to_yaml
-from megatron_medgpt.config.schema import RunConfig
+from megatron_medgpt.config.schema import RunConfig, StageConfig
 from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
-from megatron_medgpt.evaluate.tasks import TASKS
+from megatron_medgpt.evaluate.scorers import check_protocol
+from megatron_medgpt.evaluate.tasks import TASKS, load_task
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
@@ -28,6 +29,8 @@ def run_train(run: str, overrides: Sequence[str], *, num_ranks: int = 1, dry_run
     Returns:
         The exit code: 0 when every stage is done, or when a signal stopped the run after it was saved.
     """
+    if num_ranks < 1:
+        raise UsageError(f"--nproc {num_ranks}: must be at least 1")
     config = find_run(run, overrides)
     if not launched():
         check_before_start(config, num_ranks)
@@ -59,6 +62,7 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
         The layout of each stage.
     """
     layouts = [check_stage(config, stage, num_ranks) for stage in config.stages]
+    _check_out(Path(config.out))
     if not (Path(config.tokenizer) / "tokenizer.json").is_file():
         raise UsageError(f"tokenizer={config.tokenizer}: no tokenizer.json there")
     words = Tokenizer.load(Path(config.tokenizer))
@@ -66,13 +70,13 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
     for stage in config.stages:
         for blend in (*stage.data, *stage.validation_data):
             _check_dataset(stage.name, Path(blend.path), words, config)
-        if stage.questions is not None and not Path(stage.questions).exists():
-            raise UsageError(f"stages.{stage.name}.questions={stage.questions}: no such folder")
-        if stage.question_task not in TASKS:
-            raise UsageError(f"stages.{stage.name}.question_task={stage.question_task!r}; allowed: {', '.join(TASKS)}")
+        _check_questions(stage)
     start_from = config.checkpoint.start_from
     if start_from is not None and not (Path(start_from) / "manifest.json").is_file():
-        raise UsageError(f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json)")
+        raise UsageError(
+            f"checkpoint.start_from={start_from}: no whole checkpoint there (no manifest.json); "
+            "name a step-NNNNNNNN folder, or one that medgpt convert wrote"
+        )
     return layouts
 
 
@@ -83,6 +87,30 @@ def check_vocabulary(config: RunConfig, words: Tokenizer) -> None:
             f"model.language.vocab_size={config.model.language.vocab_size} is smaller than the {words.vocab_size} "
             f"tokens of {config.tokenizer}; set it to at least that"
         )
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a run folder that cannot be made; said now, before the ranks are started."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"out={out}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"out={out}: no permission to write in {there}; name another folder")
+
+
+def _check_questions(stage: StageConfig) -> None:
+    """Refuse a set of questions that the first validation, perhaps hours away, could not ask."""
+    at = f"stages.{stage.name}"
+    if stage.question_task not in TASKS:
+        raise UsageError(f"{at}.question_task={stage.question_task!r}; allowed: {', '.join(TASKS)}")
+    if stage.questions is None:
+        return
+    if not Path(stage.questions).exists():
+        raise UsageError(f"{at}.questions={stage.questions}: no such folder")
+    try:
+        check_protocol(stage.question_protocol, load_task(stage.question_task, stage.questions).questions)
+    except MedgptError as error:
+        raise UsageError(f"{at}.questions={stage.questions}: {error}") from None
 
 
 def _check_dataset(stage: str, folder: Path, words: Tokenizer, config: RunConfig) -> None:

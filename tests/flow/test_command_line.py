@@ -45,15 +45,25 @@ def listing(folder: Path) -> list[tuple[str, int]]:
         (["tokenizer=nowhere"], 1, "no tokenizer.json"),
         (["checkpoint.start_from=nowhere"], 1, "no whole checkpoint"),
         (["stages.align.questions=nowhere"], 1, "no such folder"),
+        (["stages.align.questions=data"], 1, "stages.align.questions=data: "),
+        (["out=run.yaml/run"], 1, "run.yaml is a file; name a folder"),
+        ([], 0, "--nproc 0: must be at least 1"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_starts(run_file, overrides, ranks, says):
     before = listing(run_file.parent)
-    done = medgpt("train", run_file, *overrides, "--nproc", ranks)
+    done = medgpt("train", run_file, *overrides, "--nproc", ranks, cwd=run_file.parent)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert listing(run_file.parent) == before
+
+
+def test_what_the_machine_refuses_is_one_line_and_the_work_has_failed():
+    done = medgpt("plan", "--model", "tiny", "--gpus", 1, "--sequence-length", 1024, "--out", "/proc/none/run.yaml")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("medgpt: failed: ") and "/proc/none" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["demoo", "nowhere.yaml"])

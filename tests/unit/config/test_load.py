@@ -55,6 +55,23 @@ def test_overrides_address_stages_by_name_and_by_number():
         ("stages.0.frozen=[encoder,projector,language,experts,router]", "nothing would learn"),
         ("seed", "section.field=value"),
         ("stages.9.num_steps=1", "stages.9"),
+        ("model.vision.patch_size_px=0", "model.vision.patch_size_px is 0; it must be greater than 0"),
+        ("model.vision.num_attention_heads=0", "model.vision.num_attention_heads is 0"),
+        ("model.vision.hidden_size=0", "model.vision.hidden_size is 0"),
+        ("model.vision.std=[1,0,1]", "model.vision.std is 0"),
+        ("model.projector.hidden_size=0", "model.projector.hidden_size is 0"),
+        ("model.language.rope_base=0", "model.language.rope_base is 0.0; it must be greater than 1"),
+        ("model.language.yarn_factor=0", "model.language.yarn_factor is 0.0"),
+        ("stages.0.optimizer.beta1=2", "optimizer.beta1 is 2.0; it must be 0 or more and less than 1"),
+        ("stages.0.optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0; it must be 0 or more"),
+        ("stages.0.optimizer.module_learning_rates.router=-1", "module_learning_rates.router is -1.0"),
+        ("stages.0.optimizer.schedule.warmup_steps=-3", "schedule.warmup_steps is -3; it must be 0 or more"),
+        ("stages.0.optimizer.schedule.min_factor=2", "schedule.min_factor is 2.0; allowed: 0 to 1"),
+        ("stages.0.validation_interval=-1", "stages.align.validation_interval is -1; it must be 0 or more"),
+        ("stages.0.validation_rows=0", "stages.align.validation_rows is 0"),
+        ("stages.0.router_z_coefficient=-1", "stages.align.router_z_coefficient is -1.0"),
+        ("stages.0.exit.threshold=1.0", "exit.threshold=1.0 needs exit.metric"),
+        ("num_threads=-1", "num_threads is -1; it must be 0 or more"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_line_that_names_the_field(override, says):
@@ -78,6 +95,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=r"run\.yaml"):
         read_yaml(path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_and_its_run_is_named(tmp_path):
+    with pytest.raises(UsageError, match="is a folder; name a YAML file"):
+        read_yaml(tmp_path)
+    (tmp_path / "run.yaml").write_text("name: r\n")
+    with pytest.raises(UsageError, match=r"is a folder; name .*run\.yaml"):
+        read_yaml(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path):

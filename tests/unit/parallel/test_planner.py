@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +136,30 @@ def test_a_plan_with_packed_experts_is_written_as_such(tmp_path):
 def test_impossible_shares_are_one_line(options, says):
     with pytest.raises(UsageError, match=says):
         run_plan("tiny", gpus=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"keep": 0}, "--keep 0: must be at least 1"),
+        ({"sequence_length": 4096}, "--sequence-length 4096: exceeds model.language.max_length=2048"),
+        ({"sequence_length": 9}, "--sequence-length 9: cannot hold one image of"),
+        ({"out": "."}, "--out . is a folder; name a file in it"),
+        ({"plot": "plan.pdf"}, "end it in .png"),
+        ({"out": f"{__file__}/run.yaml"}, "is a file; name a folder"),
+    ],
+)
+def test_what_could_not_be_run_or_written_is_refused_before_planning(options, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        given = {"sequence_length": 1024, **options}
+        run_plan("tiny", gpus=1, **{k: Path(v) if isinstance(v, str) else v for k, v in given.items()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_the_planned_run_are_made(tmp_path):
+    run_plan("tiny", gpus=1, sequence_length=1024, out=tmp_path / "a" / "b" / "run.yaml")
+    assert (tmp_path / "a" / "b" / "run.yaml").is_file()
 
 
 def test_the_table_names_layouts_stages_and_refusals(tmp_path):

@@ -1,0 +1,90 @@
+"""``medgpt convert``: checkpoints in from Hugging Face, out to it, and the proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medgpt.commands.options import Out
+
+convert = typer.Typer(
+    no_args_is_help=True, help="Checkpoints in from Hugging Face, out to it, and the proof by logits."
+)
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    language: Annotated[Path, typer.Option(help="Folder of GPT-oss, or of a whole export of ours.")],
+    out: Out,
+    vision: Annotated[Path | None, typer.Option(help="Folder of a CLIP or SigLIP model.")] = None,
+    new_vision: Annotated[str | None, typer.Option(help="Preset of an encoder with random weights.")] = None,
+    projector: Annotated[Path | None, typer.Option(help="Folder of a projector; random when not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="same, bf16 or fp32.")] = "same",
+    keep_packed: Annotated[bool, typer.Option(help="Keep MXFP4 experts packed (frozen stages).")] = False,
+    pixel_shuffle: Annotated[int, typer.Option(help="Of a new projector: 1 or 2.")] = 1,
+    projector_norm: Annotated[bool, typer.Option(help="A new projector gets a norm in front.")] = False,
+    image_size_px: Annotated[int | None, typer.Option(help="Resolution, where not the encoder's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+) -> None:
+    """Published weights to a Megatron checkpoint of any layout.
+
+    Example: `medgpt convert hf-to-megatron --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out start`
+    """
+    from megatron_medgpt.convert import command
+
+    code = command.hf_to_megatron(
+        language,
+        out,
+        vision=vision,
+        new_vision=new_vision,
+        projector=projector,
+        dtype=dtype,
+        keep_packed=keep_packed,
+        pixel_shuffle=pixel_shuffle,
+        projector_norm=projector_norm,
+        image_size_px=image_size_px,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or mxfp4.")] = "bf16",
+    part: Annotated[str, typer.Option(help="whole, language or projector.")] = "whole",
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.json.")] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="Published MXFP4 folder, for experts kept as they were.")
+    ] = None,
+    evaluation: Annotated[list[Path] | None, typer.Option(help="File of medgpt eval for the model card.")] = None,
+) -> None:
+    """A checkpoint to a folder that transformers and vLLM load without custom code.
+
+    Example: `medgpt convert megatron-to-hf --checkpoint runs/a --out exported --dtype bf16`
+    """
+    from megatron_medgpt.convert import command
+
+    code = command.megatron_to_hf(
+        checkpoint, out, dtype=dtype, part=part, tokenizer=tokenizer, original=original, evaluation=evaluation or ()
+    )
+    raise typer.Exit(code)
+
+
+@convert.command("verify")
+def verify_conversion(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
+    hf: Annotated[Path, typer.Option(help="The Hugging Face folder.")],
+    layout: Annotated[list[str] | None, typer.Option(help="single, tp2, ep2 ...; repeatable.")] = None,
+    logits: Annotated[bool, typer.Option(help="Compare logits too (both models in memory, in fp32).")] = True,
+) -> None:
+    """Compare every tensor, and logits over prompts longer than the window; exit 1 outside the bound.
+
+    Example: `medgpt convert verify --checkpoint runs/a --hf exported`
+    """
+    from megatron_medgpt.convert import command
+
+    raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",), logits=logits))

@@ -1,0 +1,123 @@
+"""``medgpt phantoms``, ``ingest`` and ``inspect``: raw images and texts to shards, and a look at them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medgpt.commands.options import Json, Out
+from megatron_medgpt.config.errors import UsageError
+
+
+def phantoms(
+    out: Out = Path("phantoms"),
+    images: Annotated[int, typer.Option(help="Training images.")] = 2000,
+    validation: Annotated[int, typer.Option(help="Validation images.")] = 200,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 200,
+    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+) -> None:
+    """Write synthetic DICOM, JPEG and PNG images with captions, dialogues and OmniMedVQA-format questions.
+
+    Example: `medgpt phantoms --out phantoms --images 500`
+    """
+    from megatron_medgpt.ingest.phantom_study import make_phantoms
+
+    make_phantoms(out, num_train=images, num_validation=validation, num_test=questions, seed=seed)
+
+
+def ingest(
+    inputs: Annotated[list[str], typer.Argument(help="Tables, tars, folders or URLs to read.")],
+    out: Out,
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or a .tiktoken or .model file.")],
+    format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
+    image_root: Annotated[str | None, typer.Option(help="Folder or URL that image paths are relative to.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,
+    map: Annotated[list[str] | None, typer.Option(help="k=column, e.g. image=Figure_path.")] = None,
+    store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
+    workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
+    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
+    allow_burned_in: Annotated[bool, typer.Option(help="Accept images that may show text of a patient.")] = False,
+    suspicious_text: Annotated[
+        str, typer.Option(help="Texts with dates, record numbers and the like: count, mask or refuse.")
+    ] = "count",
+    licence: Annotated[str, typer.Option(help="Of the records that state none themselves.")] = "",
+    show_names: Annotated[bool, typer.Option(help="Show file names of inputs and rejects on the terminal.")] = False,
+    part: Annotated[str | None, typer.Option(help="i/N: write part i (from 0) of N into the same --out.")] = None,
+    merge: Annotated[
+        bool, typer.Option(help="Make the dataset of the parts, with the command that made them.")
+    ] = False,
+    frames: Annotated[str, typer.Option(help="Of multi-frame files: middle, all, every:K or even:N.")] = "middle",
+    slices: Annotated[str, typer.Option(help="Of series and NIfTI volumes, in the same words.")] = "middle",
+    tiles: Annotated[str, typer.Option(help="Of the tissue of whole slides, in the same words.")] = "even:4",
+    tile_px: Annotated[int, typer.Option(help="Side of such a tile.")] = 448,
+    um_per_px: Annotated[float, typer.Option(help="Resolution of such a tile; 0.5 is about 20x.")] = 0.5,
+    ct_window: Annotated[
+        str, typer.Option(help="CT without a window: soft-tissue, lung, bone, brain; three shows three at once.")
+    ] = "soft-tissue",
+    scaled_px: Annotated[
+        int, typer.Option(help="Let JPEG and JPEG 2000 be decoded at 1/2, 1/4, 1/8 while this long a side remains.")
+    ] = 0,
+    exclude: Annotated[Path | None, typer.Option(help="Sample ids to leave out (a leakage audit writes them).")] = None,
+) -> None:
+    """Turn medical images and texts into a validated, de-identified, sharded dataset.
+
+    Example: `medgpt ingest captions.jsonl --image-root images --tokenizer tokenizer --out data/align`
+    """
+    from megatron_medgpt.ingest.command import run_ingest
+    from megatron_medgpt.ingest.decode import DecodeOptions
+
+    run_ingest(
+        inputs,
+        out=out,
+        format=format,
+        image_root=image_root,
+        tokenizer=tokenizer,
+        mapping=_pairs(map or []) or None,
+        store=store,
+        workers=workers or None,
+        max_reject_rate=max_reject_rate,
+        allow_burned_in=allow_burned_in,
+        decode=DecodeOptions(
+            frames=frames,
+            slices=slices,
+            tiles=tiles,
+            tile_px=tile_px,
+            um_per_px=um_per_px,
+            ct_window=ct_window,
+            scaled_px=scaled_px,
+        ),
+        key_file=key_file,
+        suspicious_text=suspicious_text,
+        licence=licence,
+        show_names=show_names,
+        part=part,
+        merge=merge,
+        exclude=exclude,
+    )
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for text in texts for pair in re.split(r",(?=\w+=)", text))
+    for key, value in pairs.items():
+        if not key or not value:
+            raise UsageError(f"--map {key}={value}: expected k=column, e.g. image=Figure_path")
+    return pairs
+
+
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
+    sample: Annotated[int | None, typer.Option(help="Show this many samples.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.
+
+    Example: `medgpt inspect data/align --verify`
+    """
+    from megatron_medgpt.data.inspect import inspect as inspect_dataset
+
+    typer.echo(inspect_dataset(dataset, check=verify, sample=sample, png=png, as_json=json))

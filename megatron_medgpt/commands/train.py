@@ -1,0 +1,87 @@
+"""``medgpt demo``, ``plan`` and ``train``: the whole way, the layout of a run, and the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medgpt.commands.options import Json, Out
+
+
+def demo(
+    out: Out = Path("demo"),
+    nproc: Annotated[int, typer.Option(help="Ranks to train with: 2 or 4.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute of everything; learns next to nothing.")] = False,
+) -> None:
+    """The whole way on phantoms, on this machine: images, ingest, two stages, evaluation, report.
+
+    Example: `medgpt demo --out demo`
+    """
+    from megatron_medgpt.demo import run_demo
+
+    run_demo(out, num_ranks=nproc, quick=quick)
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a YAML with a model section.")],
+    gpus: Annotated[int, typer.Option(help="How many GPUs.")],
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200 ...")] = "h200",
+    vision: Annotated[str, typer.Option(help="Encoder preset.")] = "clip-l-14-336",
+    sequence_length: Annotated[int, typer.Option(help="Positions of a row.")] = 4096,
+    global_batch_rows: Annotated[int, typer.Option(help="Rows of one optimizer step.")] = 256,
+    images_per_row: Annotated[float, typer.Option(help="Images of a packed row.")] = 4.0,
+    target_share: Annotated[float, typer.Option(help="Positions that are targets, 0 to 1; they pay the head.")] = 1.0,
+    frozen: Annotated[list[str] | None, typer.Option(help="A module that does not learn; repeatable.")] = None,
+    skew: Annotated[float, typer.Option(help="Rows of the busiest expert rank over the mean.")] = 1.0,
+    mxfp4_frozen: Annotated[bool, typer.Option(help="Frozen experts stay packed in MXFP4.")] = False,
+    efficiency: Annotated[float | None, typer.Option(help="Your measured one, 0 to 1; else the calibrated.")] = None,
+    keep: Annotated[int, typer.Option(help="Layouts shown.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the recommended run here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw memory and time per stage here (PNG).")] = None,
+    json: Json = False,
+) -> None:
+    """Layouts that fit a number of GPUs: memory per stage, step time, and why the others do not.
+
+    Example: `medgpt plan --model gpt-oss-20b --gpus 8 --gpu h200`
+    """
+    from megatron_medgpt.parallel.plan_command import run_plan
+
+    typer.echo(
+        run_plan(
+            model,
+            gpus=gpus,
+            gpu=gpu,
+            vision=vision,
+            sequence_length=sequence_length,
+            global_batch_rows=global_batch_rows,
+            images_per_row=images_per_row,
+            target_share=target_share,
+            frozen=frozen or (),
+            skew=skew,
+            mxfp4_frozen=mxfp4_frozen,
+            efficiency=efficiency,
+            keep=keep,
+            json=json,
+            out=out,
+            plot=plot,
+        )
+    )
+
+
+def train(
+    run: Annotated[str, typer.Argument(help="A recipe's name or a run.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
+    nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and data; one step a stage.")] = False,
+) -> None:
+    """Train a run: all of its stages, from the newest whole checkpoint if there is one.
+
+    Example: `medgpt train tiny-demo out=runs/a stages.align.num_steps=50 --nproc 2`
+
+    The same line works under torchrun and srun, which then set the number of ranks.
+    """
+    from megatron_medgpt.train.command import run_train
+
+    raise typer.Exit(run_train(run, overrides or [], num_ranks=nproc, dry_run=dry_run))

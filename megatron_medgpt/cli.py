@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from megatron_medgpt import __version__
-from megatron_medgpt.config.errors import MedgptError, UsageError
+from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 
 app = typer.Typer(
     name="medgpt",
@@ -92,22 +92,26 @@ def ingest(
     inputs: Annotated[list[str], typer.Argument(help="Tables, tars, folders or URLs to read.")],
     out: Out,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or a .tiktoken or .model file.")],
-    format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, llava, messages, caption, vqa, mcq or dicom.")] = "auto",
     image_root: Annotated[str | None, typer.Option(help="Folder or URL that image paths are relative to.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,
     map: Annotated[list[str] | None, typer.Option(help="k=column, e.g. image=Figure_path.")] = None,
     store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
     workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
-    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
-    allow_burned_in: Annotated[bool, typer.Option(help="Accept images that may show text of a patient.")] = False,
+    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records, 0 to 1.")] = 0.05,
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Accept images that may show text of a patient.")
+    ] = False,
     suspicious_text: Annotated[
         str, typer.Option(help="Texts with dates, record numbers and the like: count, mask or refuse.")
     ] = "count",
     licence: Annotated[str, typer.Option(help="Of the records that state none themselves.")] = "",
-    show_names: Annotated[bool, typer.Option(help="Show file names of inputs and rejects on the terminal.")] = False,
+    show_names: Annotated[
+        bool, typer.Option("--show-names", help="Show file names of inputs and rejects on the terminal.")
+    ] = False,
     part: Annotated[str | None, typer.Option(help="i/N: write part i (from 0) of N into the same --out.")] = None,
     merge: Annotated[
-        bool, typer.Option(help="Make the dataset of the parts, with the command that made them.")
+        bool, typer.Option("--merge", help="Make the dataset of the parts, with the command that made them.")
     ] = False,
     frames: Annotated[str, typer.Option(help="Of multi-frame files: middle, all, every:K or even:N.")] = "middle",
     slices: Annotated[str, typer.Option(help="Of series and NIfTI volumes, in the same words.")] = "middle",
@@ -163,8 +167,8 @@ def ingest(
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
-    sample: Annotated[int | None, typer.Option(help="Show this many samples.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw this many samples, with --png.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The picture file that --sample draws into.")] = None,
     json: Json = False,
 ) -> None:
     """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.
@@ -269,7 +273,9 @@ def score(
     data: Annotated[Path, typer.Option(help="The task's folder.")],
     predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "prediction"}.')],
     out: Out,
-    protocol: Annotated[str, typer.Option(help="official-qa, letter or short-answer.")] = "letter",
+    protocol: Annotated[
+        str | None, typer.Option(help="As for `medgpt eval`; the set's usual one where none is named.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Evaluation file of another run, for a paired test.")] = None,
 ) -> None:
     """Score predictions that any model has made.
@@ -427,7 +433,9 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     reasoning_effort: Annotated[str | None, typer.Option(help="low, medium or high, for models that think.")] = None,
-    allow_burned_in: Annotated[bool, typer.Option(help="Show images that may show text of a patient.")] = False,
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Show images that may show text of a patient.")
+    ] = False,
 ) -> None:
     """Ask an exported model about one image, here or on a local page. Research only, not for clinical use.
 
@@ -478,6 +486,11 @@ def main() -> None:
     """Entry point: an expected error is one line on stderr and its exit code, never a traceback."""
     try:
         app()
+    except OSError as error:  # a full disk, no permission, a file where a folder should be
+        if os.environ.get("MEDGPT_DEBUG"):
+            raise
+        print(f"medgpt: failed: {_in_one_line(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(WorkError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
@@ -490,6 +503,12 @@ def main() -> None:
             print(f"medgpt: {at}failed: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         raise SystemExit(error.exit_code) from None
+
+
+def _in_one_line(error: OSError) -> str:
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    said = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return f"{files}: {said}" if files else said
 
 
 if __name__ == "__main__":

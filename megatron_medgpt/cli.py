@@ -74,7 +74,7 @@ def main() -> None:
     except OSError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
-        _say_failed(" ".join(str(error).split()) or type(error).__name__)
+        _say_failed(_in_one_line(error))
         raise SystemExit(MedgptError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
@@ -92,6 +92,12 @@ def main() -> None:
 def _say_failed(reason: str) -> None:
     at = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"medgpt: {at}failed: {reason}", file=sys.stderr, flush=True)
+
+
+def _in_one_line(error: OSError) -> str:
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    said = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return f"{files}: {said}" if files else said
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _export(out: Path, study: Study, result_file: Path) -> dict[str, Any]:
     )  # fmt: skip
     ours, theirs = _answers(result_file), _answers(asked)
     return {
-        "folder": str(folder),
+        "folder": folder.name,
         "accuracy": json.loads(asked.read_text(encoding="utf-8"))["accuracy"],
         "same_answers": sum(theirs[question] == answer for question, answer in ours.items()),
         "n": len(ours),
@@ -251,8 +251,8 @@ def _say_what_was_learned(out: Path, summary: dict[str, Any], quick: bool) -> No
         f"With a blank image {controls['blank_image']:.1%}, with another patient's image "
         f"{controls['shuffled_image']:.1%}: {verdict}.",
         *(f"  {name}: {value['accuracy']:.1%} of {value['n']}" for name, value in summary["by_question_type"].items()),
-        f"Exported to {export['folder']}: transformers gets {export['accuracy']:.1%} right, with the same answer to "
-        f"{export['same_answers']} of {export['n']} questions.",
+        f"Exported to {out / export['folder']}: transformers gets {export['accuracy']:.1%} right, "
+        f"with the same answer to {export['same_answers']} of {export['n']} questions.",
         f"Report: {out / 'report.html'}",
         "",
         "Next, on your own data:",

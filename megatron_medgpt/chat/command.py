@@ -22,14 +22,17 @@ def run_chat(
     print(WARNING, file=sys.stderr, flush=True)
     if (image is None) != (question is None):
         raise UsageError('give both an image and a question: medgpt chat --hf DIR image.dcm "What is shown?"')
+    if question is not None and not question.strip():
+        raise UsageError("the question is empty; ask something about the image")
     picture = None
     if image is not None:
         picture = read_picture(image, allow_burned_in=allow_burned_in)
     else:
-        from megatron_medgpt.chat.page import build_page, check_host, check_port, serve
+        from megatron_medgpt.chat.page import build_page, check_host, check_port, gradio_module, serve
 
         check_host(host)
         check_port(host, port)
+        gradio_module()  # what is missing is said before a model is loaded
     from megatron_medgpt.evaluate.conversation import HuggingFaceConversation
 
     conversation = HuggingFaceConversation(

@@ -42,7 +42,9 @@ def check_host(host: str) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UsageError where something listens already."""
+    """Raise UsageError where there is no such port, or something listens already."""
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}; allowed: 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -53,7 +55,7 @@ def check_port(host: str, port: int) -> None:
 
 def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool = False) -> Any:
     """The page as a Gradio app (Blocks). Endpoints for programs: ``/open`` and ``/ask``."""
-    gradio = _gradio()
+    gradio = gradio_module()
 
     def open_file(path: str) -> tuple[Any, str, Any]:
         file = Path(path)
@@ -115,7 +117,7 @@ def serve(page: Any, *, host: str, port: int) -> None:
     """
     check_host(host)
     check_port(host, port)
-    gradio = _gradio()
+    gradio = gradio_module()
     import uvicorn
 
     theme = gradio.themes.Base(
@@ -156,7 +158,8 @@ def _app(gradio: Any, page: Any, theme: Any) -> Any:
     )  # fmt: skip
 
 
-def _gradio() -> Any:
+def gradio_module() -> Any:
+    """Gradio, or UsageError with how to get it."""
     try:
         import gradio
     except ImportError:

@@ -32,22 +32,26 @@ def ingest(
     inputs: Annotated[list[str], typer.Argument(help="Tables, tars, folders or URLs to read.")],
     out: Out,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or a .tiktoken or .model file.")],
-    format: Annotated[str, typer.Option(help="auto, or the name of a format (see the README of ingest).")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, llava, messages, caption, vqa, mcq or dicom.")] = "auto",
     image_root: Annotated[str | None, typer.Option(help="Folder or URL that image paths are relative to.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Key of the opaque ids, outside of any dataset.")] = None,
     map: Annotated[list[str] | None, typer.Option(help="k=column, e.g. image=Figure_path.")] = None,
     store: Annotated[str, typer.Option(help="encoded (validated image files) or pixels.")] = "encoded",
     workers: Annotated[int, typer.Option(help="Processes; 0 uses every core.")] = 0,
-    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records.")] = 0.05,
-    allow_burned_in: Annotated[bool, typer.Option(help="Accept images that may show text of a patient.")] = False,
+    max_reject_rate: Annotated[float, typer.Option(help="Fail above this share of rejected records, 0 to 1.")] = 0.05,
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Accept images that may show text of a patient.")
+    ] = False,
     suspicious_text: Annotated[
         str, typer.Option(help="Texts with dates, record numbers and the like: count, mask or refuse.")
     ] = "count",
     licence: Annotated[str, typer.Option(help="Of the records that state none themselves.")] = "",
-    show_names: Annotated[bool, typer.Option(help="Show file names of inputs and rejects on the terminal.")] = False,
+    show_names: Annotated[
+        bool, typer.Option("--show-names", help="Show file names of inputs and rejects on the terminal.")
+    ] = False,
     part: Annotated[str | None, typer.Option(help="i/N: write part i (from 0) of N into the same --out.")] = None,
     merge: Annotated[
-        bool, typer.Option(help="Make the dataset of the parts, with the command that made them.")
+        bool, typer.Option("--merge", help="Make the dataset of the parts, with the command that made them.")
     ] = False,
     frames: Annotated[str, typer.Option(help="Of multi-frame files: middle, all, every:K or even:N.")] = "middle",
     slices: Annotated[str, typer.Option(help="Of series and NIfTI volumes, in the same words.")] = "middle",
@@ -110,8 +114,8 @@ def _pairs(texts: list[str]) -> dict[str, str]:
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte against its checksum.")] = False,
-    sample: Annotated[int | None, typer.Option(help="Show this many samples.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw this many samples, with --png.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The picture file that --sample draws into.")] = None,
     json: Json = False,
 ) -> None:
     """Counts, lengths and rejects of a dataset; a sample with its text, marks and loss mask.

@@ -85,7 +85,9 @@ def score(
     data: Annotated[Path, typer.Option(help="The task's folder.")],
     predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "prediction"}.')],
     out: Out,
-    protocol: Annotated[str, typer.Option(help="official-qa, letter or short-answer.")] = "letter",
+    protocol: Annotated[
+        str | None, typer.Option(help="As for `medgpt eval`; the set's usual one where none is named.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Evaluation file of another run, for a paired test.")] = None,
 ) -> None:
     """Score predictions that any model has made.
@@ -123,7 +125,9 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     reasoning_effort: Annotated[str | None, typer.Option(help="low, medium or high, for models that think.")] = None,
-    allow_burned_in: Annotated[bool, typer.Option(help="Show images that may show text of a patient.")] = False,
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Show images that may show text of a patient.")
+    ] = False,
 ) -> None:
     """Ask an exported model about one image, here or on a local page. Research only, not for clinical use.
 

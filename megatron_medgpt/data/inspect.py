@@ -46,11 +46,15 @@ def inspect(
         sequence_length, tokens_per_image: what packing efficiency is computed for.
 
     Raises:
-        UsageError: not a dataset, or ``sample`` without ``png``.
+        UsageError: not a dataset, ``sample`` without ``png``, or no place for the picture.
         WorkError: the dataset is damaged; the message lists the first faults.
     """
     if (sample is None) != (png is None):
         raise UsageError("--sample and --png go together: --sample 8 --png samples.png")
+    if sample is not None and sample < 1:
+        raise UsageError(f"--sample {sample} must be at least 1")
+    if png is not None and (Path(png).suffix.lower() != ".png" or not Path(png).parent.is_dir()):
+        raise UsageError(f"--png {png}: give a file that ends in .png, in a folder that exists")
     faults = list(_first(verify(folder), 20)) if check else []
     if faults:
         raise WorkError(f"{folder} is damaged: {'; '.join(faults)}; restore the files or ingest again")

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.evaluate.engine import check_effort
 from megatron_medgpt.evaluate.scorers.harmony import final_channel
 from megatron_medgpt.parallel.platform import platform
 
@@ -39,6 +40,7 @@ class HuggingFaceConversation:
         place = platform(0, device)
         try:
             self._processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True)
+            check_effort(self._processor, folder, reasoning_effort)
             self._model = AutoModelForImageTextToText.from_pretrained(
                 self.folder, dtype="auto", local_files_only=True
             ).to(place.device)

@@ -162,6 +162,14 @@ class EndpointEngine:
         raise WorkError(f"{self.url}{path} failed {attempt + 1} times, last: {reason}")
 
 
+def check_effort(processor: Any, folder: Path | str, effort: str | None) -> None:
+    """Raise UsageError for a reasoning effort that the chat template of ``folder`` would not read."""
+    if effort is not None and "reasoning_effort" not in str(processor.chat_template):
+        raise UsageError(
+            f"--reasoning-effort {effort}: the chat template of {folder} knows no reasoning effort; leave it out"
+        )
+
+
 class HuggingFaceEngine:
     """A Hugging Face folder of an image-text-to-text model, greedy, through transformers. No remote code is run."""
 
@@ -179,11 +187,7 @@ class HuggingFaceEngine:
         self._torch = torch
         self.processor = AutoProcessor.from_pretrained(self.folder)
         self.processor.tokenizer.padding_side = "left"
-        if reasoning_effort is not None and "reasoning_effort" not in str(self.processor.chat_template):
-            raise UsageError(
-                f"--reasoning-effort {reasoning_effort}: the chat template of {folder} knows no reasoning effort; "
-                "leave it out"
-            )
+        check_effort(self.processor, folder, reasoning_effort)
         self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto").to(device).eval()
 
     @property

@@ -13,8 +13,9 @@ from typing import Any
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import ParallelConfig
 from megatron_medgpt.evaluate.engine import MAX_NEW_TOKENS, EndpointEngine
+from megatron_medgpt.evaluate.score import refuse_folder
 from megatron_medgpt.evaluate.scorers import GENERATIVE, PROTOCOLS, default_protocol
-from megatron_medgpt.evaluate.tasks import load_task
+from megatron_medgpt.evaluate.tasks import check_task, load_task
 from megatron_medgpt.evaluate.tasks.question import Task
 from megatron_medgpt.parallel.launch import launched, run_ranks
 
@@ -84,7 +85,8 @@ def evaluate_model(
         task=task, data=data, out=out, protocols=_named(protocols, given[0]), limit=limit,
         controls=(*(("blank_image", "shuffled_image") if controls else ()), *(("text_only",) if text_only else ())),
     )  # fmt: skip
-    _refuse_unused(given[0], num_ranks, reasoning_effort, model)
+    _refuse_unused(given[0], num_ranks, reasoning_effort, model, parallel or ParallelConfig())
+    _refuse_early(evaluation)
     if checkpoint is not None:
         if num_ranks > 1 and not launched():
             return run_ranks(arguments, num_ranks)
@@ -123,9 +125,21 @@ def _named(protocols: Sequence[str], engine: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _refuse_unused(engine: str, num_ranks: int, reasoning_effort: str | None, model: str | None) -> None:
+def _refuse_early(evaluation: Evaluation) -> None:
+    """What needs no model is refused before one is loaded."""
+    refuse_folder(evaluation.out)
+    if evaluation.limit is not None and evaluation.limit < 1:
+        raise UsageError(f"--limit {evaluation.limit} must be at least 1")
+    check_task(evaluation.task, evaluation.data)
+
+
+def _refuse_unused(
+    engine: str, num_ranks: int, reasoning_effort: str | None, model: str | None, parallel: ParallelConfig
+) -> None:
     if num_ranks < 1:
-        raise UsageError(f"--nproc {num_ranks}: must be at least 1")
+        raise UsageError(f"--nproc {num_ranks} must be at least 1")
+    if parallel != ParallelConfig() and engine != "--checkpoint":
+        raise UsageError(f"--tensor, --pipeline and --expert are for --checkpoint; {engine} has no such layout")
     if reasoning_effort is not None and engine == "--checkpoint":
         raise UsageError("--reasoning-effort is for --hf and --endpoint; a checkpoint answers without thinking")
     if model is not None and engine != "--endpoint":

@@ -40,6 +40,15 @@ def score(
             f"{predictions}: none of its {len(answers)} question ids is in {data_dir}; first: {unknown[0]!r}, "
             f"the set has e.g. {loaded.questions[0].question_id!r}"
         )
+    if out is not None:
+        refuse_folder(out)
+    protocol = protocol or default_protocol(loaded.questions)
+    check_protocol(protocol, loaded.questions)
+    if protocol not in LIKELIHOOD and all(a.text is None and a.option_losses for a in answers.values()):
+        raise UsageError(
+            f"{predictions} holds option losses and no text, which --protocol {protocol} needs; "
+            f"allowed: {', '.join(sorted(LIKELIHOOD))}"
+        )
     summary, items = score_answers(loaded, answers, protocol)
     summary["predictions"] = {
         "given": len(answers), "unknown_ids": len(unknown), "unknown_examples": unknown[:3],
@@ -116,6 +125,16 @@ def write_result(out: Path | str, summary: Mapping[str, Any], items: Sequence[It
     ]
     _replace(items_path(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _replace(out, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_folder(out: Path | str) -> None:
+    """Raise UsageError where an evaluation file cannot be written: its name is a folder's, or its folder's a file's."""
+    out = Path(out)
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file in it, e.g. {out / 'evaluation.json'}")
+    for place in out.parents:
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"--out {out}: {place} is a file; name a file in a folder")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -107,6 +107,10 @@ def run_ingest(
         raise UsageError(f"--store {store}; allowed: {', '.join(STORE_KINDS)}")
     if suspicious_text not in SUSPICIOUS_TEXT:
         raise UsageError(f"--suspicious-text {suspicious_text}; allowed: {', '.join(SUSPICIOUS_TEXT)}")
+    if not 0 <= max_reject_rate <= 1:
+        raise UsageError(f"--max-reject-rate {max_reject_rate:g}; allowed: 0 to 1, the share of rejected records")
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers {workers}; allowed: 0 (every core) or more")
     if part and merge:
         raise UsageError("--part and --merge exclude each other: every part first, then --merge")
     if not inputs:
@@ -127,6 +131,8 @@ def run_ingest(
         excluded=read_excluded(exclude),
         store=Store(kind=store, size_px=pixel_size_px, pad_rgb=pixel_pad_rgb) if store == "pixels" else Store(),
     )  # fmt: skip
+    if merge and not out.is_dir():
+        raise UsageError(f"--merge: {out} holds no finished part; run every part first, e.g. --part 0/4 to 3/4")
     _show(sources, echo, show_names)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, own):
@@ -170,6 +176,9 @@ def _summary(out: Path, finished: Sequence[Finished], seconds: float) -> IngestS
 
 
 def _refuse_dataset(out: Path) -> None:
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"--out {out}: {place} is a file; name a folder for the dataset")
     if (out / MANIFEST).exists():
         raise UsageError(f"{out} is already a dataset; choose another --out or remove it")
 

@@ -25,15 +25,19 @@ TASKS = {
 }
 
 
+def check_task(name: str, data_dir: Path | str) -> None:
+    """Raise UsageError for an unknown task or a place that is not there; nothing is read yet."""
+    if name not in TASKS:
+        raise UsageError(f"task {name!r} is unknown; allowed: {', '.join(TASKS)}")
+    if not Path(data_dir).exists():
+        raise UsageError(f"--data {data_dir}: no such folder")
+
+
 def load_task(name: str, data_dir: Path | str, *, check_images: bool = True) -> Task:
     """Read an evaluation set.
 
     Raises:
         UsageError: an unknown task, a missing folder, or files that are not the set's.
     """
-    if name not in TASKS:
-        raise UsageError(f"task {name!r} is unknown; allowed: {', '.join(TASKS)}")
-    folder = Path(data_dir)
-    if not folder.exists():
-        raise UsageError(f"--data {folder}: no such folder")
-    return TASKS[name](folder, check_images=check_images)
+    check_task(name, data_dir)
+    return TASKS[name](Path(data_dir), check_images=check_images)

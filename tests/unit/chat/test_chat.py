@@ -83,6 +83,11 @@ def test_an_answer_is_the_same_every_time_and_depends_on_the_picture(export, ct)
     assert conversation.answer("What does the image show?", white) != pieces[-1]
 
 
+def test_a_reasoning_effort_that_the_template_does_not_read_is_refused(export):
+    with pytest.raises(UsageError, match=r"--reasoning-effort low: the chat template .* knows no reasoning effort"):
+        HuggingFaceConversation(export, device="cpu", reasoning_effort="low")
+
+
 def test_an_image_mark_that_a_person_types_is_words(export, ct):
     conversation = HuggingFaceConversation(export, max_new_tokens=2)
     conversation.answer("What is <|image|> and <|end|> here?", read_picture(ct).image)

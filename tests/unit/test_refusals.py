@@ -1,0 +1,93 @@
+"""What the command line refuses: one line, its exit code, and nothing written or loaded before it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_medgpt import cli
+from megatron_medgpt.ingest.phantom_study import make_phantoms
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refusals")
+    make_phantoms(folder / "phantoms", num_train=4, num_test=4, seed=0)
+    (folder / "a-file").write_text("x")
+    (folder / "a-folder").mkdir()
+    table = next((folder / "phantoms/test/QA_information/Open-access").glob("*.json"))
+    answers = [{"question_id": q["question_id"], "prediction": None, "option_losses": [1.0, 2.0, 3.0, 4.0]}
+               for q in json.loads(table.read_text())]  # fmt: skip
+    (folder / "losses.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return folder
+
+
+INGEST = "ingest phantoms/train/captions.jsonl --image-root phantoms/train --tokenizer absent"
+EVAL = "eval phantoms --data phantoms/test --hf a-folder"
+SCORE = "score phantoms --data phantoms/test --predictions losses.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"{INGEST} --out new --max-reject-rate 7", "--max-reject-rate 7"),
+        (f"{INGEST} --out new --max-reject-rate nan", "--max-reject-rate nan"),
+        (f"{INGEST} --out new --workers -3", "--workers -3"),
+        (f"{INGEST} --out a-file", "a-file is a file"),
+        (f"{INGEST} --out a-file/new", "a-file is a file"),
+        ("inspect a-folder --sample 2 --png absent/x.png", "--png absent/x.png"),
+        ("inspect a-folder --sample 2 --png x.txt", "--png x.txt"),
+        ("inspect a-folder --sample 0 --png x.png", "--sample 0"),
+        (f"{EVAL} --out a-folder", "--out a-folder is a folder"),
+        (f"{EVAL} --out a-file/x.json", "a-file is a file"),
+        (f"{EVAL} --out new --limit 0", "--limit 0"),
+        (f"{EVAL} --out new --nproc 0", "--nproc 0"),
+        (f"{EVAL} --out new --tensor 2", "--tensor"),
+        ("eval phantom --data phantoms/test --hf a-folder --out new", "task 'phantom'"),
+        ("eval phantoms --data absent --hf a-folder --out new", "--data absent"),
+        (f"{SCORE} --out a-folder", "--out a-folder is a folder"),
+        (f"{SCORE} --out a-file/x.json", "a-file is a file"),
+        (f"{SCORE} --out new --protocol letter", "--protocol letter"),
+        ("chat --hf a-folder --port 99999", "--port 99999"),
+        ("chat --hf a-folder --port 0", "--port 0"),
+    ],
+)
+def test_a_refusal_is_one_line_and_writes_nothing(
+    made: Path, line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    before = sorted(made.rglob("*"))
+    assert _run(line.split(), monkeypatch) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("medgpt:")]
+    assert len(errors) == 1 and said in errors[0]
+    assert sorted(made.rglob("*")) == before
+
+
+def test_an_empty_question_is_refused_before_the_model_is_opened(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(["chat", "--hf", "absent", str(made / "a-file"), " "], monkeypatch) == 2
+    assert "the question is empty" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(28, "No space left on device", "answers.jsonl")
+
+    monkeypatch.setattr("megatron_medgpt.evaluate.score.score", full)
+    monkeypatch.delenv("MEDGPT_DEBUG", raising=False)
+    monkeypatch.chdir(made)
+    assert _run(f"{SCORE} --out new".split(), monkeypatch) == 1
+    assert capsys.readouterr().err == "medgpt: failed: answers.jsonl: No space left on device\n"
+
+
+def _run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["medgpt", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)

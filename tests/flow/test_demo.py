@@ -36,13 +36,16 @@ def test_the_demo_writes_its_summary_report_and_run(demo):
     assert summary["layouts"] == ["align TP1·PP1·EP2·DP2", "instruct TP2·PP1·EP2·DP1"]
     assert summary["n"] == 64
     assert set(summary["controls"]) == {"blank_image", "shuffled_image"}
+    assert set(summary["protocols"]) == {"chat-likelihood", "official-qa", "official-prefix", "letter"}
+    assert summary["export"]["n"] == 64
+    assert summary["export"]["same_answers"] >= 62  # readers of pictures differ by up to two grey levels
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "phantoms" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_the_demo_ends_by_saying_what_was_learned_and_what_to_do_next(demo):
     _, done = demo
-    tail = done.stdout.strip().splitlines()[-12:]
+    tail = done.stdout.strip().splitlines()[-13:]
     text = "\n".join(tail)
     assert "held-out four-option questions right" in text
     assert "report.html" in text

@@ -22,4 +22,5 @@ def test_the_example_goes_from_public_weights_to_an_answer_of_transformers(tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert "equal" in lines
-    assert lines[-1].startswith("answer:")
+    # The weights are random, and so may be the answer's lines.
+    assert any(line.startswith("answer:") for line in lines)

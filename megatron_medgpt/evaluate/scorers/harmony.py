@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 _MESSAGE = re.compile(
-    r"<\|channel\|>\s*(?P<channel>\w+)[^<]*<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call|start)\|>|\Z)", re.S
+    r"<\|channel\|>\s*(?P<channel>\w+)[^<]*<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
+    re.S,
 )
 _STRIPPED = re.compile(r"\Aanalysis.*assistantfinal", re.S)
 _LEADING_MESSAGE = re.compile(r"\A\s*final\s*<\|message\|>")

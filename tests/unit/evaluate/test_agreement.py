@@ -10,7 +10,7 @@ from types import CodeType, FrameType
 
 import pytest
 import second_statements as second
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from recorded_predictions import CASES, SHORT
 
@@ -66,6 +66,7 @@ def test_generated_short_answers_agree_with_the_second_statement(output, answer,
                          "assistant", "A", " ", "\n", "the answer", "<|call|>"]), max_size=10
     ).map("".join).filter(lambda text: not text.lstrip().startswith(("final", "analysis")))
 )  # fmt: skip
+@example(text="<|channel|>final<|message|>A<|channel|>")
 def test_generated_harmony_answers_agree_with_the_second_statement(text):
     assert final_channel(text) == second.final(text)
 

@@ -163,7 +163,7 @@ def test_a_last_sequence_of_another_length_is_found(tmp_path, change):
         IndexedFile(tmp_path / "pair", "int32")
 
 
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, data):
     prefix = tmp_path / "pair"
@@ -186,7 +186,7 @@ def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, 
     assert found == sequences
 
 
-@settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mutation_of_the_manifest_is_a_typed_error_or_a_dataset(write_dataset, tmp_path, data):
     folder = tmp_path / "dataset"

@@ -180,7 +180,7 @@ def test_bad_lines_of_jsonl_carry_their_reason(tmp_path):
     assert problems == ["", "not-json", "not-utf-8", "bad-characters", "not-a-record", ""]
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -2,7 +2,7 @@
 
 megatron-core names the CUDA device in many places (``torch.cuda.current_device()``, ``device="cuda"``, streams). On a
 CPU its modules are given a stand-in for the name ``torch`` in which these answer for the CPU. Only modules of
-``megatron.core`` see the stand-in: PyTorch itself and every other library stay as they are.
+``megatron.core`` see the stand-in: every other library and, but for its gloo groups, PyTorch stay as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import types
 import warnings
@@ -150,6 +151,7 @@ def prepare_engine() -> None:
     hand_lists_to_all_to_all()
     skip_collectives_of_one_rank()
     draw_no_random_numbers_on_the_device()
+    share_one_network_loop()
 
 
 def _copy_of_module(module: types.ModuleType) -> Any:
@@ -324,3 +326,25 @@ def draw_no_random_numbers_on_the_device() -> None:
     (0.16.1 and 0.19.2 transformer/transformer_block.py). The engine's own tracker for inference forks nothing."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def share_one_network_loop() -> None:
+    """Every gloo group makes a network device of its own, whose thread wakes up a hundred times a second, and a layout
+    has 20 groups to 100. One device serves all groups of a process (torch 2.11, 2.13: distributed_c10d.py makes each
+    group without options)."""
+    gloo = torch.distributed.ProcessGroupGloo
+    make = gloo.__init__
+    devices: dict[int, list[Any]] = {}  # by process: threads do not survive a fork
+
+    @functools.wraps(make)
+    def with_the_first_device(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
+        shared = devices.get(os.getpid())
+        if shared is None or args or set(kwargs) != {"timeout"}:
+            make(self, store, rank, size, *args, **kwargs)
+            devices.setdefault(os.getpid(), self.options._devices)
+            return
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = shared, 2 * len(shared), kwargs["timeout"]
+        make(self, store, rank, size, options)
+
+    gloo.__init__ = with_the_first_device

@@ -60,7 +60,7 @@ def demo() -> RunConfig:
         align,
         name="instruct",
         data=(BlendConfig(path="demo/data/dialogues"), BlendConfig(path="demo/data/captions")),
-        num_steps=1300,
+        num_steps=1600,
         micro_batch_rows=8,
         parallel=ParallelConfig(tensor=2, expert=2),
         validation_interval=250,

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
@@ -33,6 +36,16 @@ def test_groups_can_be_built_again_after_they_were_destroyed(no_launcher):
         collection = groups.build_groups(make_layout(ParallelConfig(), MODEL, 1))
         assert collection.tp.size() == collection.ep.size() == collection.pp.size() == 1
         groups.destroy_groups()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo's device is shared where all groups are gloo's")
+def test_all_groups_of_a_layout_wait_in_one_thread(no_launcher):
+    groups.start(timeout_s=10)
+    kept = groups.build_groups(make_layout(ParallelConfig(), MODEL, 1))
+    time.sleep(0.2)  # a new thread gives itself its name
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert kept.tp.size() == 1
+    assert names.count("gloo_tcp_loop") == 1
 
 
 def test_a_layout_of_another_world_is_refused(no_launcher):

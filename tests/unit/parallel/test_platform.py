@@ -55,6 +55,12 @@ def test_the_engine_still_reduces_over_one_rank(unprepared):
     assert unprepared["collectives_of_one_rank"] == "answered calls"
 
 
+@on_cpu
+def test_every_gloo_group_still_polls_with_a_thread_of_its_own(unprepared):
+    """share_one_network_loop."""
+    assert unprepared["network_loops"] == "answered 4 for 4 groups"
+
+
 def test_the_engine_still_leaves_slices_unmarked(unprepared):
     """model/language.py, _mark_slices."""
     if engine_version() >= (0, 17):

@@ -6,7 +6,9 @@ Prints a JSON object: for every defect, what happened.
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -69,6 +71,14 @@ def collectives_of_one_rank() -> object:
     return "calls" if calls else "no calls"
 
 
+def network_loops() -> object:
+    """Threads that poll, one for each of four groups."""
+    groups = [dist.new_group([0]) for _ in range(3)]
+    time.sleep(0.2)  # a new thread gives itself its name
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return f"{names.count('gloo_tcp_loop')} for {1 + len(groups)} groups"
+
+
 def slice_marks() -> object:
     linear = column_parallel_linear(perform_initialization=False, use_cpu_initialization=True)
     return getattr(linear.weight, "tensor_model_parallel", "no mark")
@@ -79,7 +89,7 @@ def main() -> None:
     found = {}
     for probe in (
         device_queries, streams, factories, optimizer_types, optimizer_state, all_to_all_lists, device_generator,
-        collectives_of_one_rank, slice_marks,
+        collectives_of_one_rank, network_loops, slice_marks,
     ):  # fmt: skip
         try:
             found[probe.__name__] = f"answered {probe()}"

@@ -53,6 +53,18 @@ def test_the_demo_ends_by_saying_what_was_learned_and_what_to_do_next(demo):
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
 
+def test_the_evaluation_example_compares_the_demo_with_another_model(demo, tmp_path):
+    folder, _ = demo
+    done = run(["bash", str(ROOT / "examples" / "04_evaluate" / "run.sh"), "work", str(folder)], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "work" / "eval").glob("*[a-z].json")}
+    assert {results[name]["n"] for name in ("ours.letter", "ours.official-prefix", "exported", "other")} == {64}
+    assert set(results["ours.letter"]["controls"]) == {"blank_image", "shuffled_image", "text_only"}
+    assert results["other"]["paired"]["against"] == "ours.letter.json"
+    page = (tmp_path / "work" / "run" / "report.html").read_text(encoding="utf-8")
+    assert "official-prefix" in page and "leakage" in page.lower()
+
+
 def test_the_demo_refuses_to_replace_a_folder_it_did_not_make(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

@@ -105,8 +105,9 @@ def test_a_job_whose_node_is_lost_starts_again_from_its_checkpoint_when_the_node
     job.wait("a checkpoint", lambda: any((out / "checkpoints").glob("step-*")), 240)
     cluster.kill_node("n2")
     end_processes_of("n2", cluster)
+    job.wait("the requeue", lambda: job.fields["Restarts"] == "1", 120)
+    cluster.start_node("n2")  # until then the job has one node of two
     job.start_at_once()
-    cluster.start_node("n2")
     assert job.wait_for_end(600) == "COMPLETED", job.log
     assert "attempt 1" in job.log
     assert "resumed from step-" in job.log

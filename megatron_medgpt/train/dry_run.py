@@ -44,6 +44,7 @@ def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, 
                 tokens = train_step(parts, batches, step=step, stop_here=False).num_tokens
                 seconds = time.perf_counter() - started
         facts = parts.data.describe()
+    parts.dismantle()
     destroy_groups()
     return seconds, tokens, facts
 

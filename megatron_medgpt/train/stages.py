@@ -63,6 +63,7 @@ def run_stages(config: RunConfig, world: World) -> RunEnd:
             end = fit(parts, progress, cadence, stop)
             newest, facts = end.checkpoint, read_facts(end.checkpoint)
             cadence.end_stage()
+            parts.dismantle()
             finished = end.done and index == len(config.stages) - 1
             if end.stop and not finished:
                 status = "stopped"

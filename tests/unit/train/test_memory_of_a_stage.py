@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -55,3 +57,24 @@ def test_training_state_is_what_the_planner_counts(one_rank, tmp_path, precision
     assert storage_bytes(chunk.parameters()) == pytest.approx(planned.weights, rel=0.01)
     assert storage_bytes([b.grad_data for b in buffers]) == pytest.approx(planned.gradients, rel=0.01)
     assert storage_bytes(optimizer_tensors(parts.optimizer)) == pytest.approx(planned.optimizer, rel=0.01)
+
+
+def test_nothing_of_a_stage_is_left_when_the_next_one_is_built(one_rank, tmp_path, monkeypatch):
+    from megatron_medgpt.train import stages
+
+    left, build = [], stages.build_stage
+
+    def build_and_watch(config, index, world):
+        gc.collect()
+        left.append(sum(parameter() is not None for parameter in watched))
+        parts = build(config, index, world)
+        watched.extend(weakref.ref(parameter) for model in parts.models for parameter in model.parameters())
+        return parts
+
+    watched: list[weakref.ref] = []
+    run = small_run(tmp_path)
+    one_step = [replace(stage, num_steps=1, validation_interval=1) for stage in run.stages]
+    monkeypatch.setattr(stages, "build_stage", build_and_watch)
+    world.destroy_groups()
+    assert stages.run_stages(replace(run, stages=tuple(one_step)), one_rank).status == "done"
+    assert left == [0, 0] and watched

@@ -157,6 +157,22 @@ def test_the_exported_folder_answers_through_processor_and_chat_template(exporte
     assert processor._get_num_multimodal_tokens([(90, 40)])["num_image_tokens"] == [exported.config.tokens_per_image]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_the_model_cards_own_lines_answer_about_a_picture_of_any_mode(clip, tmp_path, capsys, mode):
+    values = np.random.default_rng(2).integers(0, 255, (40, 70), dtype=np.uint8)
+    picture = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    picture.save(tmp_path / "image", "TIFF")
+    code = (clip.hf / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained(".")' in code and '"image.png"' in code
+    code = code.replace('"."', repr(str(clip.hf))).replace('"image.png"', repr(str(tmp_path / "image")))
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=2"), "README.md", "exec"), names := {})
+    assert capsys.readouterr().out.endswith("\n")
+    # Training sees the same pixels: what it reads has neither transparency nor a palette.
+    expected = AutoProcessor.from_pretrained(clip.hf).image_processor([Image.fromarray(values)], return_tensors="pt")
+    if mode in ("RGB", "L", "LA", "RGBA", "I;16"):
+        assert torch.equal(names["inputs"]["pixel_values"], expected["pixel_values"])
+
+
 def test_an_export_gives_every_option_of_a_question_the_likelihood_that_its_checkpoint_does(clip, tmp_path):
     """Pictures, documents and scores by both engines; a mean cross-entropy moves by at most twice the logits."""
     files = make_phantoms(tmp_path / "phantoms", num_train=1, num_validation=1, num_test=16)

@@ -253,9 +253,13 @@ def _edit(
     return mutate
 
 
-def _exchange(one: str, two: str) -> Callable[[Published], Published]:
+def _exchange(one: str, two: str, prefix: str) -> Callable[[Published], Published]:
     def mutate(tensors: Published) -> Published:
-        return {name: tensors[name.replace(one, "\0").replace(two, one).replace("\0", two)] for name in tensors}
+        def other(name: str) -> str:
+            return name.replace(one, "\0").replace(two, one).replace("\0", two) if name.startswith(prefix) else name
+
+        assert any(other(name) != name for name in tensors)
+        return {name: tensors[other(name)] for name in tensors}
 
     return mutate
 
@@ -295,7 +299,9 @@ WRONG_WEIGHTS = {
     "gate and up swapped": _edit("gate_up_proj", _pairs_swapped),
     "gate and up biases swapped": _edit("gate_up_proj_bias", _pairs_swapped),
     "gate and up as halves": _edit("gate_up_proj", _halves),
-    "k and v swapped": _exchange("k_proj", "v_proj"),
+    "k and v swapped": _exchange("k_proj", "v_proj", "language_model."),
+    "k and v of the tower swapped": _exchange("k_proj", "v_proj", "vision_tower."),
+    "q and k of the tower swapped": _exchange("q_proj", "k_proj", "vision_tower."),
     "query heads in another order": _edit("q_proj.weight", _heads_not_grouped, "language_model."),
     "nibbles swapped": _edit("down_proj", _nibbles_swapped),
     "MXFP4 scales off by one": _edit("gate_up_proj", _scales_off_by_one),
@@ -333,6 +339,12 @@ def _with_weights(exported: Exported, tensors: Published):
     return chunks
 
 
+def _catch(mutant: str, comparison: Comparison) -> None:
+    """Print the mutant's row of convert/README.md (``-s`` shows it) and fail where the logits let it pass."""
+    print(f"\n| {mutant} | {comparison.max_difference:.1e} | {100 * (1 - comparison.argmax_agreement):.0f} % |")
+    assert not comparison.within_bound
+
+
 def test_the_comparison_that_the_mutants_fail_passes_without_one(clip):
     assert clip.compare(_with_weights(clip, _published_tensors(clip))).within_bound
 
@@ -340,7 +352,7 @@ def test_the_comparison_that_the_mutants_fail_passes_without_one(clip):
 @pytest.mark.parametrize("mutant", WRONG_WEIGHTS)
 def test_logits_catch_weights_that_were_converted_wrongly(clip, mutant):
     tensors = WRONG_WEIGHTS[mutant](_published_tensors(clip))
-    assert not clip.compare(_with_weights(clip, tensors)).within_bound
+    _catch(mutant, clip.compare(_with_weights(clip, tensors)))
 
 
 @pytest.mark.parametrize("mutant", WRONG_CONFIG)
@@ -348,7 +360,7 @@ def test_logits_catch_a_configuration_that_was_read_wrongly(clip, mutant):
     config = WRONG_CONFIG[mutant](clip.config)
     chunks = clip.ours(config, checkpoint=False)
     chunks[0].load_state_dict(clip.weights)
-    assert not clip.compare(chunks, config).within_bound
+    _catch(mutant, clip.compare(chunks, config))
 
 
 def test_logits_catch_an_up_projection_without_its_one(clip):
@@ -364,14 +376,14 @@ def test_logits_catch_an_up_projection_without_its_one(clip):
 
     for layer in chunks[0].language.decoder.layers:
         layer.mlp.experts._mlp = without_one
-    assert not clip.compare(chunks).within_bound
+    _catch("up projection without its + 1", clip.compare(chunks))
 
 
 def test_logits_catch_features_of_the_wrong_clip_layer(clip):
     """The layer in front of the one that LLaVA takes, all else equal."""
     chunks = clip.ours()
     chunks[0].vision.layers = chunks[0].vision.layers[:-1]
-    assert not clip.compare(chunks).within_bound
+    _catch("features of the CLIP layer in front", clip.compare(chunks))
 
 
 def test_logits_catch_siglip_features_behind_the_post_norm(one_process, tmp_path):
@@ -381,7 +393,7 @@ def test_logits_catch_siglip_features_behind_the_post_norm(one_process, tmp_path
     plain = encoder.forward
     encoder.forward = lambda pixels: F.layer_norm(plain(pixels), (SIGLIP.vision.hidden_size,), eps=1e-6)
     assert siglip.compare(siglip.ours()).within_bound
-    assert not siglip.compare(chunks).within_bound
+    _catch("features behind SigLIP's post-norm", siglip.compare(chunks))
 
 
 # --- pixels ------------------------------------------------------------------------------------------------------

@@ -100,8 +100,11 @@ class MappedFile:
         return raw.clone().view(spec.dtype).view(spec.shape)
 
     def _populate(self, first: int, end: int) -> None:
-        """Map a range's pages in one call: fault by fault takes the kernel twice as long, and ends the process where a
-        page cannot be read. Through ctypes, which lets other threads run meanwhile; mmap.madvise does not."""
+        """Map a range's pages in one call. Fault by fault a GB that is hashed and written costs 0.83 s of system time
+        instead of 0.32 (medians of five), and a page that cannot be read ends the process.
+
+        Through ctypes, which lets other threads run meanwhile; mmap.madvise does not.
+        """
         if _libc is None:
             return
         address = torch.frombuffer(self._map, dtype=torch.uint8, count=1, offset=first).data_ptr()

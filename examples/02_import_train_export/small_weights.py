@@ -20,6 +20,10 @@ def main(out: Path, tokenizer: Path) -> None:
         num_hidden_layers=4, hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
         num_local_experts=8, num_experts_per_tok=2, intermediate_size=64, sliding_window=16,
         vocab_size=Tokenizer.load(tokenizer).vocab_size, max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 64,
+        },
     )  # fmt: skip
     GptOssForCausalLM(language).save_pretrained(out / "language")
     vision = CLIPVisionConfig(

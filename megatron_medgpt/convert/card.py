@@ -23,10 +23,19 @@ model = AutoModelForImageTextToText.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which modality is this?"}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=[Image.open("image.png")], text=prompt, return_tensors="pt")
+image = Image.open("image.png").convert("RGB")
+inputs = processor(images=[image], text=prompt, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1]:]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
+
+Pictures are 8 bits, grey or RGB. `convert("RGB")` drops transparency, as training did; the processor alone would blend
+it over white. It also cuts 16 bits off at 255: window such a picture first, as the study's own header says, or between
+its 0.5th and 99.5th percentiles, as training did where nothing was said.
+"""
+_UNPACKED = """
+On a CPU the MXFP4 experts are unpacked when the model is opened: import `Mxfp4Config` from transformers and add
+`quantization_config=Mxfp4Config(dequantize=True)` to the first `from_pretrained`.
 """
 
 
@@ -51,7 +60,7 @@ def write_card(
             f"{worst[1].relative:.4f} (`{worst[0]}`); every tensor's stands in `quantisation.json`.\n"
         )
     if part == "whole":
-        sections.append(f"## Use\n\n{_USAGE}")
+        sections.append(f"## Use\n\n{_USAGE}" + (_UNPACKED if dtype == "mxfp4" else ""))
     sections.append(_terms_section(config, part))
     (folder / "README.md").write_text("\n".join(sections), encoding="utf-8")
 
@@ -90,7 +99,10 @@ def _model_section(config: ModelConfig, part: str, dtype: str, facts: Checkpoint
             ("Vision encoder", f"{vision.kind}, {vision.num_layers} layers (all up to the feature), "
                                f"{vision.image_size_px} px, {config.tokens_per_image} tokens an image")
         )  # fmt: skip
-    rows.append(("Trained", f"{facts.step} steps, last stage {facts.stage_name or 'none'}"))
+    trained = (
+        f"{facts.step} steps, last stage {facts.stage_name or 'none'}" if facts.step else "not at all: as imported"
+    )
+    rows.append(("Trained", trained))
     if facts.config_hash:
         rows.append(("Configuration", f"`{facts.config_hash}`"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.utils.serialization import config as serialization_config
 
 from megatron_medgpt.checkpoint.manifest import (
     CheckpointFacts,
@@ -121,9 +120,7 @@ class CheckpointWriter:
         # A tensor that is a part of a larger storage would be saved with all of it.
         whole = tensor.contiguous() if _owns_its_storage(tensor) else tensor.clone().contiguous()
         try:
-            # The manifest has a sha256 of every byte, and torch reads no archive's CRC-32: a pass for nothing.
-            with serialization_config.patch("save.compute_crc32", False):
-                torch.save(whole, file)
+            torch.save(whole, file)
         except Exception:
             if file.failure is not None:  # torch's writer makes something else of a full disk
                 raise file.failure from None

@@ -314,25 +314,43 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published"]
 
 
-def test_a_conversion_that_was_killed_is_never_taken_for_a_whole_one_and_starts_again(tmp_path):
+_EXPORT = """
+import sys
+from pathlib import Path
+from megatron_medgpt.convert.command import megatron_to_hf
+sys.exit(megatron_to_hf(Path(sys.argv[1]), Path(sys.argv[2]), part="language", dtype="fp32", tokenizer=sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_conversion_that_was_killed_is_never_taken_for_a_whole_one_and_starts_again(way, tokenizer, tmp_path):
     wide = replace(CLIP, language=replace(CLIP.language, num_layers=2, vocab_size=200_000))
-    published = write_gpt_oss(tmp_path / "published", wide, random_weights(wide))
+    expected = {n: t for n, t in random_weights(wide).items() if n.startswith("language.")}
     out = tmp_path / "out"
-    arguments = [sys.executable, "-c", _CONVERT, str(published), str(out)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True)
+    if way == "import":
+        source = write_gpt_oss(tmp_path / "source", wide, expected)
+        arguments, written = ["-c", _CONVERT, str(source), str(out)], "*.distcp"
+    else:
+        source = write_checkpoint(tmp_path / "source", wide, random_weights(wide))
+        arguments, written = ["-c", _EXPORT, str(source), str(out), str(tokenizer)], "*.safetensors"
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 150
-        while not any(path.stat().st_size for path in tmp_path.glob(".tmp-out.*/*.distcp")):
+        while not any(path.stat().st_blocks > 8 for path in tmp_path.glob(f".tmp-out.*/{written}")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not out.exists() and len(list(tmp_path.glob(".tmp-out.*"))) == 1
+    left = next(tmp_path.glob(".tmp-out.*"))
     with pytest.raises(UsageError):
-        StoredCheckpoint(next(tmp_path.glob(".tmp-out.*")))
-    import_hf(plan_import(published, new_vision="tiny-clip"), out)
+        StoredCheckpoint(left) if way == "import" else plan_import(left, new_vision="tiny-clip")
+    if way == "import":
+        import_hf(plan_import(source, new_vision="tiny-clip"), out)
+        found = {name: tensor for name, tensor in _stored(out).items() if name.startswith("language.")}
+        assert _equal(found, expected)
+    else:
+        export_hf(source, out, part="language", dtype="fp32", tokenizer=tokenizer)
+        assert command.verify(source, out, logits=False) == 0
     assert not list(tmp_path.glob(".tmp-out.*"))
-    found = _stored(out)
-    expected = {n: t for n, t in random_weights(wide).items() if n.startswith("language.")}
-    assert _equal({n: t for n, t in found.items() if n.startswith("language.")}, expected)

@@ -157,6 +157,22 @@ def test_the_exported_folder_answers_through_processor_and_chat_template(exporte
     assert processor._get_num_multimodal_tokens([(90, 40)])["num_image_tokens"] == [exported.config.tokens_per_image]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_the_model_cards_own_lines_answer_about_a_picture_of_any_mode(clip, tmp_path, capsys, mode):
+    values = np.random.default_rng(2).integers(0, 255, (40, 70), dtype=np.uint8)
+    picture = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    picture.save(tmp_path / "image", "TIFF")
+    code = (clip.hf / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained(".")' in code and '"image.png"' in code
+    code = code.replace('"."', repr(str(clip.hf))).replace('"image.png"', repr(str(tmp_path / "image")))
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=2"), "README.md", "exec"), names := {})
+    assert capsys.readouterr().out.endswith("\n")
+    # Training sees the same pixels: what it reads has neither transparency nor a palette.
+    expected = AutoProcessor.from_pretrained(clip.hf).image_processor([Image.fromarray(values)], return_tensors="pt")
+    if mode in ("RGB", "L", "LA", "RGBA", "I;16"):
+        assert torch.equal(names["inputs"]["pixel_values"], expected["pixel_values"])
+
+
 def test_an_export_gives_every_option_of_a_question_the_likelihood_that_its_checkpoint_does(clip, tmp_path):
     """Pictures, documents and scores by both engines; a mean cross-entropy moves by at most twice the logits."""
     files = make_phantoms(tmp_path / "phantoms", num_train=1, num_validation=1, num_test=16)
@@ -237,9 +253,13 @@ def _edit(
     return mutate
 
 
-def _exchange(one: str, two: str) -> Callable[[Published], Published]:
+def _exchange(one: str, two: str, prefix: str) -> Callable[[Published], Published]:
     def mutate(tensors: Published) -> Published:
-        return {name: tensors[name.replace(one, "\0").replace(two, one).replace("\0", two)] for name in tensors}
+        def other(name: str) -> str:
+            return name.replace(one, "\0").replace(two, one).replace("\0", two) if name.startswith(prefix) else name
+
+        assert any(other(name) != name for name in tensors)
+        return {name: tensors[other(name)] for name in tensors}
 
     return mutate
 
@@ -279,7 +299,9 @@ WRONG_WEIGHTS = {
     "gate and up swapped": _edit("gate_up_proj", _pairs_swapped),
     "gate and up biases swapped": _edit("gate_up_proj_bias", _pairs_swapped),
     "gate and up as halves": _edit("gate_up_proj", _halves),
-    "k and v swapped": _exchange("k_proj", "v_proj"),
+    "k and v swapped": _exchange("k_proj", "v_proj", "language_model."),
+    "k and v of the tower swapped": _exchange("k_proj", "v_proj", "vision_tower."),
+    "q and k of the tower swapped": _exchange("q_proj", "k_proj", "vision_tower."),
     "query heads in another order": _edit("q_proj.weight", _heads_not_grouped, "language_model."),
     "nibbles swapped": _edit("down_proj", _nibbles_swapped),
     "MXFP4 scales off by one": _edit("gate_up_proj", _scales_off_by_one),
@@ -317,6 +339,12 @@ def _with_weights(exported: Exported, tensors: Published):
     return chunks
 
 
+def _catch(mutant: str, comparison: Comparison) -> None:
+    """Print the mutant's row of convert/README.md (``-s`` shows it) and fail where the logits let it pass."""
+    print(f"\n| {mutant} | {comparison.max_difference:.1e} | {100 * (1 - comparison.argmax_agreement):.0f} % |")
+    assert not comparison.within_bound
+
+
 def test_the_comparison_that_the_mutants_fail_passes_without_one(clip):
     assert clip.compare(_with_weights(clip, _published_tensors(clip))).within_bound
 
@@ -324,7 +352,7 @@ def test_the_comparison_that_the_mutants_fail_passes_without_one(clip):
 @pytest.mark.parametrize("mutant", WRONG_WEIGHTS)
 def test_logits_catch_weights_that_were_converted_wrongly(clip, mutant):
     tensors = WRONG_WEIGHTS[mutant](_published_tensors(clip))
-    assert not clip.compare(_with_weights(clip, tensors)).within_bound
+    _catch(mutant, clip.compare(_with_weights(clip, tensors)))
 
 
 @pytest.mark.parametrize("mutant", WRONG_CONFIG)
@@ -332,7 +360,7 @@ def test_logits_catch_a_configuration_that_was_read_wrongly(clip, mutant):
     config = WRONG_CONFIG[mutant](clip.config)
     chunks = clip.ours(config, checkpoint=False)
     chunks[0].load_state_dict(clip.weights)
-    assert not clip.compare(chunks, config).within_bound
+    _catch(mutant, clip.compare(chunks, config))
 
 
 def test_logits_catch_an_up_projection_without_its_one(clip):
@@ -348,14 +376,14 @@ def test_logits_catch_an_up_projection_without_its_one(clip):
 
     for layer in chunks[0].language.decoder.layers:
         layer.mlp.experts._mlp = without_one
-    assert not clip.compare(chunks).within_bound
+    _catch("up projection without its + 1", clip.compare(chunks))
 
 
 def test_logits_catch_features_of_the_wrong_clip_layer(clip):
     """The layer in front of the one that LLaVA takes, all else equal."""
     chunks = clip.ours()
     chunks[0].vision.layers = chunks[0].vision.layers[:-1]
-    assert not clip.compare(chunks).within_bound
+    _catch("features of the CLIP layer in front", clip.compare(chunks))
 
 
 def test_logits_catch_siglip_features_behind_the_post_norm(one_process, tmp_path):
@@ -365,7 +393,7 @@ def test_logits_catch_siglip_features_behind_the_post_norm(one_process, tmp_path
     plain = encoder.forward
     encoder.forward = lambda pixels: F.layer_norm(plain(pixels), (SIGLIP.vision.hidden_size,), eps=1e-6)
     assert siglip.compare(siglip.ours()).within_bound
-    assert not siglip.compare(chunks).within_bound
+    _catch("features behind SigLIP's post-norm", siglip.compare(chunks))
 
 
 # --- pixels ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,3 +128,21 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(UsageError, match="tensor a stands in"):
         SafetensorsFolder(tmp_path)
+
+
+def test_a_file_that_became_shorter_is_an_error_of_its_disk_and_does_not_end_the_process(tmp_path):
+    """A page that cannot be read ends a process that merely looks at it (SIGBUS)."""
+    release = tuple(int(number) for number in platform.release().split("-")[0].split(".")[:2])
+    if sys.platform != "linux" or release < (5, 14):
+        pytest.skip("needs MADV_POPULATE_READ of Linux 5.14")
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1 << 16)}, path)
+    script = (
+        "import os, sys; from pathlib import Path; from megatron_medgpt.convert.safetensor import SafetensorsFolder\n"
+        "folder = SafetensorsFolder(Path(sys.argv[1])); os.truncate(folder.files[0], 4096)\n"
+        "try: folder.tensor('a').sum()\n"
+        "except OSError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.returncode
+    assert "became shorter" in done.stdout and str(path) in done.stdout

@@ -1,4 +1,4 @@
-"""How the products of rows and weights are launched: every schedule gives the same numbers, and takes its own time.
+"""How the products of rows and weights are launched: every schedule sums the same products, and takes its own time.
 
 ``triton`` loads weights through pointers, one program a tile. ``tma`` loads them through descriptors; in
 ``tma-persistent`` as many programs as the GPU has multiprocessors go from tile to tile, so that none waits for the
@@ -18,8 +18,8 @@ from medgpt_kernels.route.op import RowIndex, _block_e
 
 GROUP = 8
 """Tiles of rows that are worked on together, so that they share an expert's weights in the cache."""
-FORWARD_COLUMNS, ROW_COLUMNS, BACKWARD_COLUMNS = 256, 128, 64
-"""Columns of a tile of z, of a product of rows, and of the gradient of a."""
+FORWARD_COLUMNS, ROW_COLUMNS = 256, 128
+"""Columns of a tile of z, and of a product of rows."""
 CPU_PROGRAMS = 3
 """Programs of a persistent launch in the interpreter: each has several tiles even in a small case."""
 
@@ -91,6 +91,11 @@ class Weights:
         if self.kind == "mxfp4":
             stored, block[2] = stored.flatten(2), block[2] // 2
         return descriptor(stored, block), rows_are_k
+
+
+def backward_columns(kind: str) -> int:
+    """Of a tile of the gradient of a: in FP8 those of one group of 128 columns of dz, which are rounded together."""
+    return 64 if kind == "fp8" else 128
 
 
 def cdiv(a: int, b: int) -> int:
@@ -169,7 +174,8 @@ def rows_times(
               index.tile_expert)  # fmt: skip
     if schedule.descriptors:
         E, loaded = index.counts.shape[0], descriptor(rows, [blocks["BLOCK_M"], blocks["BLOCK_K"]])
-        launch(loaded, *behind, index.counts, K, N, E, *scale_strides, BLOCK_E=_block_e(E), **common, **named)
+        launch(loaded, *behind, index.counts, K, N, E, *scale_strides, FLATTEN=schedule.persistent,
+               BLOCK_E=_block_e(E), **common, **named)  # fmt: skip
     else:
         launch(rows, *behind, K, N, *strides, *scale_strides, num_m, ALONG_K=not transposed, **common, **named)
 
@@ -180,13 +186,14 @@ def down_bwd(
 ) -> None:  # fmt: skip
     """Fills dz, ``weight * a``, each tile's part of the router weights' gradient, and (fp8) dz as FP8 rows."""
     (F, H), num_m = w.sizes, index.num_rows // index.tile
-    blocks = schedule.blocks(w.kind, index.tile, BACKWARD_COLUMNS)
+    columns = backward_columns(w.kind)
+    blocks = schedule.blocks(w.kind, index.tile, columns)
     weight, strides, named = _weight_arguments(schedule, w, blocks, transposed=True)
     scale_strides, named = w.scale_strides(transposed=True), {**named, **blocks}
     made = (grad, grad_scales, weight, w.scales, dots_TE, z, weights_TK, dz, dz_codes, dz_scales, weighted_a, parts,
             index.row_entry, index.tile_expert)  # fmt: skip
     common = {"SLOTS": weights_TK.shape[1], "KIND": w.kind, "DTYPE": triton_dtype(z.dtype)}
-    launch = _kernels(schedule).down_bwd_kernel[schedule.grid(num_m * cdiv(F, BACKWARD_COLUMNS), z.device)]
+    launch = _kernels(schedule).down_bwd_kernel[schedule.grid(num_m * cdiv(F, columns), z.device)]
     E = index.counts.shape[0]
     if schedule.descriptors:
         launch(*made, index.counts, H, F, E, index.num_rows, *scale_strides, limit, BLOCK_E=_block_e(E), **common,

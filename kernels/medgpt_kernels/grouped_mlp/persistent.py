@@ -2,7 +2,7 @@
 
 A descriptor is made on the host and holds shape and strides, so a load of a tile costs one thread one instruction and
 no registers for addresses; what lies outside is zero. Rows that a product gathers by token come through pointers: TMA
-gathers rows on Blackwell only. Tiles and sums are those of ``triton``, so the numbers are too, to the bit.
+gathers rows on Blackwell only. Tiles and the order of their sums are those of ``triton``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import triton.language as tl
 
 from medgpt_kernels import rounding
 from medgpt_kernels.grouped_mlp.triton import (
-    activated,
+    halves,
     load_row_scale,
     store_down_bwd,
     store_halves,
     store_product,
-    store_rows,
     tile_of,
 )
 
@@ -134,24 +133,22 @@ def gate_up_fwd_kernel(
         tokens = (tl.maximum(entry, 0) // SLOTS).to(tl.int64)
         bias = bias_ptr + expert.to(tl.int64) * G
         first = n * (BLOCK_N // 2)
+        HALF: tl.constexpr = BLOCK_N // 2
         if KIND == "plain":
             z = tile_product(
                 x_ptr, x_ptr, x_scales_ptr, tokens, row_mask, 0, w_desc, w_scales_ptr, expert, n * BLOCK_N, H, G,
                 scale_stride_k, scale_stride_n, scale_stride_e, True, KIND, K_FIRST, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            a = activated(z, bias, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
-            store_rows(a_ptr, a, rows, row_mask, first, G // 2, BLOCK_N // 2, DTYPE)
+            left, right = halves(z)
         else:
-            HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves_product(
                 x_ptr, x_scales_ptr, tokens, row_mask, w_desc, w_scales_ptr, expert, n * BLOCK_N, H, G,
                 scale_stride_k, scale_stride_n, scale_stride_e, KIND, K_FIRST, DTYPE, BLOCK_M, HALF, BLOCK_K,
             )  # fmt: skip
-            columns = n * BLOCK_N + tl.arange(0, HALF)
-            store_halves(
-                left, right, bias, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit, KIND, DTYPE
-            )
+        columns = n * BLOCK_N + tl.arange(0, HALF)
+        store_halves(
+            left, right, bias, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit, KIND, DTYPE
+        )
 
 
 @triton.jit
@@ -159,12 +156,17 @@ def rows_kernel(
     a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, weights_ptr, out_ptr, row_entry_ptr, tile_expert_ptr,
     counts_ptr, K_SIZE, N_SIZE, E, scale_stride_k, scale_stride_n, scale_stride_e,
     BIAS: tl.constexpr, SCATTER: tl.constexpr, KIND: tl.constexpr, K_FIRST: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As ``triton.rows_kernel``; its rows come through a descriptor too. Rows of padding hold anything: what is made
-    of them is not stored."""
+    of them is not stored.
+
+    FLATTEN: one loop over all tiles and all of k, so that the next tile is loaded while this one is stored. It costs
+    registers, which only this kernel has (``warp_specialize`` changes nothing on sm_90 in Triton 3.6 and 3.9).
+    """
     num_m, num_n = live_tiles(counts_ptr, E, BLOCK_M, BLOCK_E), tl.cdiv(N_SIZE, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         m, n = tile_of(tile, num_m, num_n, GROUP)
         expert = tl.load(tile_expert_ptr + m)
         rows = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -126,7 +126,9 @@ def _input_grads(schedule, x_TH, weights_TK, index: RowIndex, w1: Weights, w2: W
     R, made = index.num_rows, {"dtype": x_TH.dtype, "device": x_TH.device}
     dz, weighted_a = torch.empty((R, G), **made), torch.empty((R, G // 2), **made)
     codes, scales = _rows_like(x_TH, R, G, kind) if kind == "fp8" else (dz, dz)
-    parts = torch.empty((launch.cdiv(G // 2, launch.BACKWARD_COLUMNS), R), dtype=torch.float32, device=x_TH.device)
+    parts = torch.empty(
+        (launch.cdiv(G // 2, launch.backward_columns(kind)), R), dtype=torch.float32, device=x_TH.device
+    )
     dx = torch.empty((T if K == 1 else R, H), **made)
     if R:
         grad, grad_scales = _rounded(grad_TH, kind)
@@ -207,12 +209,15 @@ class _RoutedMLP(torch.autograd.Function):
 
 
 def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> None:
+    check(x_TH.dim() == 2, f"x_TH has shape {tuple(x_TH.shape)}; allowed: (T, H)")
     T, H = x_TH.shape
     check_float("x_TH", x_TH, FLOATS)
     check_float("weights_TK", weights_TK, (torch.float32,))
     K1, G = w1.sizes
     check(K1 == H, f"x_TH has width {H}, gate_up {K1}; they must be equal")
     check(w2.sizes == (G // 2, H), f"down is {w2.sizes}; gate_up asks for {(G // 2, H)}")
+    E, of_down, of_index = w1.forward.shape[0], w2.forward.shape[0], index.counts.shape[0]
+    check(E == of_down == of_index, f"down holds {of_down} experts; gate_up {E}, the index {of_index}")
     check(
         weights_TK.shape == index.token_row.shape,
         f"weights_TK has shape {tuple(weights_TK.shape)}; the index is for {tuple(index.token_row.shape)}",
@@ -220,13 +225,17 @@ def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> No
     check(weights_TK.shape[0] == T, f"x_TH has {T} tokens, weights_TK {weights_TK.shape[0]}")
     check(index.tile >= 16, f"index.tile={index.tile}; products need tiles of at least 16 rows")
     check(w1.kind == w2.kind, f"gate_up is {w1.kind}, down {w2.kind}; they must be of one kind")
-    for name, w in (("gate_up", w1), ("down", w2)):
+    for name, w, bias in (("gate_up", w1, b1), ("down", w2, b2)):
         check(w.kind in KINDS, f"{name} is of kind {w.kind!r}; allowed: {', '.join(KINDS)}")
         if w.kind == "plain":
             check(w.forward.dtype == x_TH.dtype, f"{name} is {w.forward.dtype}, x_TH {x_TH.dtype}; they must be equal")
+        check_float(f"{name}_bias", bias, FLOATS)
+        allowed = (E, w.sizes[1])
+        check(bias.shape == allowed, f"{name}_bias has shape {tuple(bias.shape)}; allowed: {allowed}")
     check_contiguous(
-        x_TH=x_TH, weights_TK=weights_TK, gate_up=w1.forward, gate_up_bias=b1, down=w2.forward, down_bias=b2
-    )
+        x_TH=x_TH, weights_TK=weights_TK, gate_up=w1.forward, gate_up_bias=b1, down=w2.forward, down_bias=b2,
+        index=index.row_entry,
+    )  # fmt: skip
 
 
 def routed_mlp(
@@ -252,6 +261,8 @@ def routed_mlp(
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
     check(precision in ("bf16", "fp8"), f"precision={precision!r}; allowed: bf16, fp8")
+    for name, stack in (("gate_up_EHG", gate_up_EHG), ("down_EFH", down_EFH)):
+        check(stack.dim() == 3, f"{name} has shape {tuple(stack.shape)}; allowed: (E, K, N)")
     chosen = choose("grouped_mlp", implementation, _serves(x_TH, gate_up_EHG.shape[2] // 2, precision == "fp8"))
     if chosen == "reference":
         return routed_reference.routed_mlp(

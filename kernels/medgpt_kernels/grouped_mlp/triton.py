@@ -155,24 +155,22 @@ def gate_up_fwd_kernel(
         tokens = (tl.maximum(entry, 0) // SLOTS).to(tl.int64)
         bias_ptr += expert.to(tl.int64) * G
         first = n * (BLOCK_N // 2)
+        HALF: tl.constexpr = BLOCK_N // 2
+        columns = n * BLOCK_N + tl.arange(0, HALF)
         if KIND == "plain":
-            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
             z = rows_times_weight(
-                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, columns, H, G,
-                stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, DTYPE, BLOCK_K,
+                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, n * BLOCK_N + tl.arange(0, BLOCK_N),
+                H, G, stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, DTYPE, BLOCK_K,
             )  # fmt: skip
-            a = activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
-            store_rows(a_ptr, a, rows, row_mask, first, G // 2, BLOCK_N // 2, DTYPE)
+            left, right = halves(z)
         else:
-            HALF: tl.constexpr = BLOCK_N // 2
-            columns = n * BLOCK_N + tl.arange(0, HALF)
-            z, z_right = two_halves(
+            left, right = two_halves(
                 x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, columns, H, G,
                 stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
             )  # fmt: skip
-            store_halves(
-                z, z_right, bias_ptr, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit, KIND, DTYPE
-            )
+        store_halves(
+            left, right, bias_ptr, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit, KIND, DTYPE
+        )
 
 
 @triton.jit
@@ -310,27 +308,44 @@ def activation_bwd(
 
 
 @triton.jit
+def activation_bwd_in_halves(
+    da, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE: tl.constexpr
+):  # fmt: skip
+    """As ``activation_bwd``, one half after the other; dz as two tensors."""
+    left, right = halves(da)
+    dot, left = activation_bwd(left, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE)
+    second = first + da.shape[1] // 2
+    more, right = activation_bwd(right, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, second, F, limit, DTYPE)
+    return dot + more, left, right
+
+
+@triton.jit
 def store_down_bwd(
     da, dots_ptr, z_ptr, weights_ptr, dz_ptr, dz_codes_ptr, dz_scales_ptr, weighted_a_ptr, grad_weight_ptr,
     rows, entry, row_mask, tokens, expert, n, F, E, limit, num_rows, KIND: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The end of ``down_bwd_kernel``, half a tile after the other: whole, it spills 904 bytes a thread in FP8 (Triton
-    3.6, sm_90)."""
-    HALF: tl.constexpr = da.shape[1] // 2
-    first = n * (2 * HALF)
+    """The end of ``down_bwd_kernel``, 32 columns after the other: 64 at once put 520 bytes a thread on the stack, and
+    904 in FP8 (Triton 3.6, sm_90)."""
+    SIZE: tl.constexpr = da.shape[1]
+    first = n * SIZE
     weight = tl.load(weights_ptr + tl.maximum(entry, 0), mask=row_mask, other=0.0)
-    left, right = halves(da)
-    left_dot, left_dz = activation_bwd(
-        left, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE
-    )
-    right_dot, right_dz = activation_bwd(
-        right, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first + HALF, F, limit, DTYPE
-    )
-    of_bias = tl.load(dots_ptr + tokens * E + expert, mask=row_mask, other=0.0)
-    part = left_dot + right_dot + tl.where(n == 0, of_bias, 0.0)
-    tl.store(grad_weight_ptr + n.to(tl.int64) * num_rows + rows, part, mask=row_mask)
     if KIND == "fp8":
-        store_fp8_halves(dz_codes_ptr, dz_scales_ptr, left_dz, right_dz, rows, row_mask, 2 * first, 2 * F)
+        part, left, right = activation_bwd_in_halves(
+            da, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE
+        )
+        store_fp8_halves(dz_codes_ptr, dz_scales_ptr, left, right, rows, row_mask, 2 * first, 2 * F)
+    else:
+        left, right = halves(da)
+        part, _, _ = activation_bwd_in_halves(
+            left, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE
+        )
+        more, _, _ = activation_bwd_in_halves(
+            right, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first + SIZE // 2, F, limit, DTYPE
+        )
+        part += more
+    of_bias = tl.load(dots_ptr + tokens * E + expert, mask=row_mask, other=0.0)
+    part += tl.where(n == 0, of_bias, 0.0)
+    tl.store(grad_weight_ptr + n.to(tl.int64) * num_rows + rows, part, mask=row_mask)
 
 
 @triton.jit

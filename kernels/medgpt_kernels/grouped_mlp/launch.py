@@ -61,15 +61,23 @@ class Weights:
     """One projection of all experts as the kernels read it; a logical (E, K, N) matrix."""
 
     kind: str
-    forward: Tensor
-    """plain: (E, K, N). fp8: float8_e4m3fn (E, N, K), K contiguous for Hopper's FP8 products. mxfp4: blocks
-    (E, N, K / 32, 16)."""
-    backward: Tensor
-    """plain and mxfp4: the same tensor. fp8: (E, K, N), contiguous along the axis the gradient reduces."""
+    forward: Tensor | None
+    """Of the forward pass, None where it was not made. plain: (E, K, N). fp8: float8_e4m3fn (E, N, K), K contiguous for
+    Hopper's FP8 products. mxfp4: blocks (E, N, K / 32, 16)."""
+    backward: Tensor | None
+    """Of the backward pass, or None. plain and mxfp4: the same tensor. fp8: (E, K, N), contiguous along the axis that
+    the gradient reduces."""
     scales: Tensor
     """fp8: fp32 (E, ceil(K / 128), ceil(N / 128)). mxfp4: (E, N, K / 32) uint8. plain: unused."""
     sizes: tuple[int, int]
     """(K, N)."""
+
+    def stored(self, *, transposed: bool) -> Tensor:
+        """What one pass reads."""
+        found = self.backward if transposed else self.forward
+        check(found is not None, f"weights were not made for the {'backward' if transposed else 'forward'} pass")
+        assert found is not None
+        return found
 
     def strides(self, *, transposed: bool) -> tuple[int, int]:
         """Strides of k and n in the weight."""
@@ -87,7 +95,7 @@ class Weights:
         """What loads a (block_k, block_n) tile, and whether the rows it loads are k."""
         rows_are_k = (self.kind == "mxfp4") if transposed else (self.kind == "plain")
         block = [1, block_k, block_n] if rows_are_k else [1, block_n, block_k]
-        stored = self.backward if transposed else self.forward
+        stored = self.stored(transposed=transposed)
         if self.kind == "mxfp4":
             stored, block[2] = stored.flatten(2), block[2] // 2
         return descriptor(stored, block), rows_are_k
@@ -135,7 +143,7 @@ def _kernels(schedule: Schedule):
 def _weight_arguments(schedule: Schedule, w: Weights, blocks: dict[str, int], *, transposed: bool) -> tuple:
     """(weight, strides for pointers, named arguments)."""
     if not schedule.descriptors:
-        return (w.backward if transposed else w.forward), w.strides(transposed=transposed), {}
+        return w.stored(transposed=transposed), w.strides(transposed=transposed), {}
     made, rows_are_k = w.descriptor(transposed=transposed, block_k=blocks["BLOCK_K"], block_n=blocks["BLOCK_N"])
     return made, (), {"K_FIRST": rows_are_k}
 

@@ -33,18 +33,34 @@ def plain(w_EKN: Tensor) -> Weights:
     return Weights("plain", w_EKN, w_EKN, w_EKN, tuple(w_EKN.shape[1:]))
 
 
-def to_fp8(w_EKN: Tensor, *, implementation: str = "auto") -> Weights:
-    """E4M3 of a bf16 or fp32 weight. Both orientations come from one rounding."""
+def to_fp8(w_EKN: Tensor, *, passes: str = "both", implementation: str = "auto") -> Weights:
+    """E4M3 of a bf16 or fp32 weight. Both orientations come from one rounding.
+
+    Args:
+        passes: ``forward``, ``backward`` or ``both``: the orientations that are made.
+    """
     codes, scales = mx.quantise_tiles(w_EKN.detach(), implementation=implementation)
-    return Weights("fp8", codes.transpose(1, 2).contiguous(), codes, scales, tuple(w_EKN.shape[1:]))
+    return Weights("fp8", *_orientations(codes, passes, first="backward"), scales, tuple(w_EKN.shape[1:]))
 
 
-def packed_to_fp8(blocks: Tensor, scales: Tensor, *, checked: bool = False, implementation: str = "auto") -> Weights:
+def _orientations(codes: Tensor, passes: str, *, first: str) -> tuple[Tensor | None, Tensor | None]:
+    """Codes for (forward, backward) of those that are of the ``first``; a pass that is not asked for costs nothing."""
+    check(passes in ("forward", "backward", "both"), f"passes={passes!r}; allowed: forward, backward, both")
+    made = {first: codes if passes in (first, "both") else None}
+    other = "forward" if first == "backward" else "backward"
+    made[other] = codes.transpose(1, 2).contiguous() if passes in (other, "both") else None
+    return made["forward"], made["backward"]
+
+
+def packed_to_fp8(
+    blocks: Tensor, scales: Tensor, *, checked: bool = False, passes: str = "both", implementation: str = "auto"
+) -> Weights:
     """The same numbers as MXFP4 weights, in E4M3.
 
     Args:
         checked: scales and tiles were checked before, as those of weights that do not change are: nothing waits for
             the device.
+        passes: see ``to_fp8``.
 
     Raises:
         ValueError: a scale is NaN, or the exponents of some 128x128 tiles spread too far to be exact; their number is
@@ -56,7 +72,7 @@ def packed_to_fp8(blocks: Tensor, scales: Tensor, *, checked: bool = False, impl
         check_fits(fits)
     _, N, groups = scales.shape
     flipped = tile_scales.transpose(1, 2).contiguous()
-    return Weights("fp8", codes, codes.transpose(1, 2).contiguous(), flipped, (groups * 32, N))
+    return Weights("fp8", *_orientations(codes, passes, first="forward"), flipped, (groups * 32, N))
 
 
 def check_fits(fits: Tensor) -> None:
@@ -176,7 +192,7 @@ def weight_grads(
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights_TK, gate_up, b1, down, b2, index, w1, w2, limit, direct, schedule):
-        made = _made(w1), _made(w2)
+        made = _made(w1, "forward"), _made(w2, "forward")
         _check_call(x_TH, weights_TK, index, made[0], b1, made[1], b2)
         out, z = _forward(schedule, x_TH, weights_TK, index, made[0], b1, made[1], b2, limit)
         ctx.save_for_backward(x_TH, weights_TK, gate_up, b1, down, b2, z)
@@ -186,7 +202,7 @@ class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH):
         x_TH, weights_TK, gate_up, b1, down, b2, z = ctx.saved_tensors
-        index, w1, w2 = ctx.index, _made(ctx.w1), _made(ctx.w2)
+        index, w1, w2 = ctx.index, _made(ctx.w1, "backward"), _made(ctx.w2, "backward")
         grad_TH = grad_TH.contiguous()
         dx, d_weights, dz, weighted_a = _input_grads(
             ctx.schedule, x_TH, weights_TK, index, w1, w2, b2, ctx.limit, z, grad_TH
@@ -216,7 +232,8 @@ def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> No
     K1, G = w1.sizes
     check(K1 == H, f"x_TH has width {H}, gate_up {K1}; they must be equal")
     check(w2.sizes == (G // 2, H), f"down is {w2.sizes}; gate_up asks for {(G // 2, H)}")
-    E, of_down, of_index = w1.forward.shape[0], w2.forward.shape[0], index.counts.shape[0]
+    stored = [w.stored(transposed=False) for w in (w1, w2)]
+    (E, *_), (of_down, *_), of_index = stored[0].shape, stored[1].shape, index.counts.shape[0]
     check(E == of_down == of_index, f"down holds {of_down} experts; gate_up {E}, the index {of_index}")
     check(
         weights_TK.shape == index.token_row.shape,
@@ -225,15 +242,15 @@ def _check_call(x_TH, weights_TK, index, w1: Weights, b1, w2: Weights, b2) -> No
     check(weights_TK.shape[0] == T, f"x_TH has {T} tokens, weights_TK {weights_TK.shape[0]}")
     check(index.tile >= 16, f"index.tile={index.tile}; products need tiles of at least 16 rows")
     check(w1.kind == w2.kind, f"gate_up is {w1.kind}, down {w2.kind}; they must be of one kind")
-    for name, w, bias in (("gate_up", w1, b1), ("down", w2, b2)):
+    for name, w, read, bias in (("gate_up", w1, stored[0], b1), ("down", w2, stored[1], b2)):
         check(w.kind in KINDS, f"{name} is of kind {w.kind!r}; allowed: {', '.join(KINDS)}")
         if w.kind == "plain":
-            check(w.forward.dtype == x_TH.dtype, f"{name} is {w.forward.dtype}, x_TH {x_TH.dtype}; they must be equal")
+            check(read.dtype == x_TH.dtype, f"{name} is {read.dtype}, x_TH {x_TH.dtype}; they must be equal")
         check_float(f"{name}_bias", bias, FLOATS)
         allowed = (E, w.sizes[1])
         check(bias.shape == allowed, f"{name}_bias has shape {tuple(bias.shape)}; allowed: {allowed}")
     check_contiguous(
-        x_TH=x_TH, weights_TK=weights_TK, gate_up=w1.forward, gate_up_bias=b1, down=w2.forward, down_bias=b2,
+        x_TH=x_TH, weights_TK=weights_TK, gate_up=stored[0], gate_up_bias=b1, down=stored[1], down_bias=b2,
         index=index.row_entry,
     )  # fmt: skip
 
@@ -280,8 +297,8 @@ def routed_mlp(
 
 
 def routed_mlp_frozen(
-    x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up: Weights | Callable[[], Weights],
-    gate_up_bias_EG: Tensor, down: Weights | Callable[[], Weights], down_bias_EH: Tensor, *, limit: float,
+    x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up: Weights | Callable[..., Weights],
+    gate_up_bias_EG: Tensor, down: Weights | Callable[..., Weights], down_bias_EH: Tensor, *, limit: float,
     implementation: str = "auto",
 ) -> Tensor:  # fmt: skip
     """As ``routed_mlp`` with experts that do not learn, in any format (``packed``, ``packed_to_fp8``, ``to_fp8``).
@@ -289,8 +306,8 @@ def routed_mlp_frozen(
     Gradients flow to the tokens and the router weights.
 
     Args:
-        gate_up, down: weights, or functions that make them: called in the forward pass and again in the backward pass,
-            so that what they make (a layer of MXFP4 in E4M3) is not kept in between.
+        gate_up, down: weights, or functions of ``passes`` that make them: called in the forward pass and again in the
+            backward pass, so that what they make (a layer of MXFP4 in E4M3) is not kept in between.
     """
     for name, bias in (("gate_up_bias_EG", gate_up_bias_EG), ("down_bias_EH", down_bias_EH)):
         check(not bias.requires_grad, f"{name} requires a gradient; experts of this call do not learn")
@@ -304,8 +321,8 @@ def routed_mlp_frozen(
     )  # fmt: skip
 
 
-def _made(weights: Weights | Callable[[], Weights]) -> Weights:
-    return weights if isinstance(weights, Weights) else weights()
+def _made(weights: Weights | Callable[..., Weights], passes: str) -> Weights:
+    return weights if isinstance(weights, Weights) else weights(passes=passes)
 
 
 def _serves(x_TH: Tensor, inner: int, fp8: bool) -> dict:

@@ -67,7 +67,7 @@ deadline=""
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)${rehearse:+-rehearsal}
 started=$SECONDS tests=""
 # The smallest first: what fails there fails everywhere. Not the tests of this script and of compiling without a GPU.
-for name in rounding mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention \
+for name in rounding bad_input mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention \
   branched_and_cached model_slots alone; do
   tests="$tests tests/kernels/test_$name.py"
 done

@@ -29,9 +29,13 @@ import goals
 from bench_clock import Clock, ceilings
 from bench_moe import frozen_case, moe_case, products_case
 from bench_rows import conversion_case, movement_case, projector_case
+from bench_schedules import schedules_case
+from bench_schedules import told as schedules_told
 from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.grouped_mlp import cases as mlp_cases
 from medgpt_kernels.projector import cases as projector_cases
+
+KINDS = ("moe", "schedules", "products", "frozen", "conversions", "movement", "projector")
 
 
 def table(results: list[dict], ceiling: dict[str, float]) -> str:
@@ -63,7 +67,9 @@ def main() -> int:
     parser.add_argument("--tokens", default="8192,16384")
     parser.add_argument("--shapes", default="20b,120b-ep8,120b")
     parser.add_argument("--seconds", type=float, default=300.0, help="no case starts after this")
-    parser.add_argument("--only", help="kinds of cases, by commas: moe products frozen conversions movement projector")
+    parser.add_argument(
+        "--only", help="kinds of cases, by commas: moe schedules products frozen conversions movement projector"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, one iteration: proves that every path runs")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +108,7 @@ def cases(clock: Clock, args: argparse.Namespace) -> list[tuple[str, Callable[[]
     """What is measured, the most wanted first."""
     if args.tiny:
         return [
+            ("schedules", lambda: schedules_case(clock, (64, 32, 3, 2), 24, True)),
             ("moe", lambda: moe_case(clock, (40, 24, 3, 2), 48, "zipf", True)),
             ("products", lambda: products_case(clock, (64, 32, 3, 2), 24, True)),
             ("frozen", lambda: frozen_case(clock, (64, 32, 3, 2), 24, True)),
@@ -123,11 +130,13 @@ def cases(clock: Clock, args: argparse.Namespace) -> list[tuple[str, Callable[[]
         ("movement", lambda: movement_case(clock, 8192, 2880, 32, 4, False)),
         *(("projector", lambda n=n, s=s: projector_case(clock, n, s)) for n, s in projector_cases.BENCH.items()),
     ]
-    return [*moe[:2], *others, *moe[2:]]
+    schedules = ("schedules", lambda: schedules_case(clock, mlp_cases.BENCH["20b"], 8192, False))
+    return [*moe[:1], schedules, *others, *moe[1:]]
 
 
 def report(results: list[dict], ceiling: dict[str, float]) -> str:
-    return table(results, ceiling) + "\n\n" + goals.told(goals.judge(results, ceiling))
+    parts = (table(results, ceiling), schedules_told(results), goals.told(goals.judge(results, ceiling)))
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(out: pathlib.Path, results: list[dict], ceiling: dict[str, float], left_out: int) -> None:

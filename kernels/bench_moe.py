@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import peers
 import torch
@@ -170,7 +171,7 @@ def frozen_case(clock: Clock, shape: tuple[int, int, int, int], T: int, tiny: bo
         "bf16": [routed.plain(w) for w in rounded],
         "fp8": [routed.to_fp8(w) for w in rounded],
         "mxfp4 in e4m3": [routed.packed_to_fp8(*p) for p in packed],
-        "mxfp4 in e4m3, each pass": [lambda p=p: routed.packed_to_fp8(*p, checked=True) for p in packed],
+        "mxfp4 in e4m3, each pass": [partial(routed.packed_to_fp8, *p, checked=True) for p in packed],
         "mxfp4 decoded in the product": [routed.packed(*p) for p in packed],
     }
     x.requires_grad_(), weights.requires_grad_()

@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import triton
 from medgpt_kernels.cross_entropy import op as cross_entropy
+from medgpt_kernels.grouped_mlp import launch as mlp_launch
 from medgpt_kernels.grouped_mlp import routed
 from medgpt_kernels.mx import op as mx
 from medgpt_kernels.permute import op as permute
@@ -83,8 +84,10 @@ def record_compilations(results: list[dict], only: str | None) -> None:
         ptx = compiled.asm["ptx"]
         results.append({
             "kernel": name, "options": options, "seconds": round(time.perf_counter() - began, 2),
-            "shared_bytes": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
+            "by": self.fn.__module__.rpartition(".")[2], "warps": compiled.metadata.num_warps,
+            "shared_bytes": compiled.metadata.shared,
             "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)), "mma": len(re.findall(r"\bmma\.sync", ptx)),
+            "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             "fits": compiled.metadata.shared <= SHARED_LIMIT_BYTES, **registers(compiled.asm["cubin"]),
         })  # fmt: skip
         print(json.dumps(results[-1]), flush=True)
@@ -107,7 +110,7 @@ def every_op() -> list[Callable[[], object]]:
     def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
         return [t.clone().requires_grad_() for t in tensors]
 
-    def mlp(precision: str, slots: int):
+    def mlp(precision: str, slots: int, schedule: str):
         at = (
             index
             if slots > 1
@@ -115,11 +118,11 @@ def every_op() -> list[Callable[[], object]]:
         )
         given = leaves(x, weights[:, :slots].contiguous(), w1, b1, w2, b2)
         out = routed.routed_mlp(
-            given[0], given[1], at, *given[2:], limit=7.0, precision=precision, implementation="triton"
+            given[0], given[1], at, *given[2:], limit=7.0, precision=precision, implementation=schedule
         )
         out.sum().backward()
 
-    def frozen():
+    def frozen(schedule: str):
         packed = [
             routed.packed(
                 torch.zeros(E, n, k // 32, 16, dtype=torch.uint8), torch.zeros(E, n, k // 32, dtype=torch.uint8)
@@ -127,7 +130,8 @@ def every_op() -> list[Callable[[], object]]:
             for n, k in ((2 * F, H), (H, F))
         ]
         given = leaves(x, weights)
-        routed.routed_mlp_frozen(*given, index, packed[0], b1, packed[1], b2, limit=7.0).sum().backward()
+        out = routed.routed_mlp_frozen(*given, index, packed[0], b1, packed[1], b2, limit=7.0, implementation=schedule)
+        out.sum().backward()
 
     def router():
         given = leaves(x, torch.zeros(E, H, **bf16), torch.zeros(E, **bf16), torch.zeros(H, **bf16))
@@ -172,10 +176,9 @@ def every_op() -> list[Callable[[], object]]:
         formats,
         router,
         movement,
-        lambda: mlp("bf16", 2),
-        lambda: mlp("bf16", 1),
-        lambda: mlp("fp8", 2),
-        frozen,
+        lambda: mlp("bf16", 1, "triton"),
+        *(lambda s=s, p=p: mlp(p, 2, s) for s in mlp_launch.SCHEDULES for p in ("bf16", "fp8")),
+        *(lambda s=s: frozen(s) for s in mlp_launch.SCHEDULES),
         loss,
     ]
     return [*calls, lambda: image_rows(1, False), lambda: image_rows(2, True)]
@@ -190,7 +193,7 @@ def main() -> int:
         print("unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
         return 2
     triton.runtime.driver.set_active(HopperWithoutAGpu())
-    for module in (mx, route, permute, routed, projector, cross_entropy):
+    for module in (mx, route, permute, mlp_launch, projector, cross_entropy):
         module.triton_refusal = lambda *_: None
     results: list[dict] = []
     record_compilations(results, args.only)

@@ -71,6 +71,15 @@ def check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_shape(name: str, tensor: torch.Tensor, allowed: tuple[int, ...]) -> None:
+    check(tensor.shape == allowed, f"{name} has shape {tuple(tensor.shape)}; allowed: {allowed}")
+
+
+def check_axes(name: str, tensor: torch.Tensor, axes: str) -> None:
+    """``axes``: such as ``(T, H)``."""
+    check(tensor.dim() == axes.count(",") + 1, f"{name} has shape {tuple(tensor.shape)}; allowed: {axes}")
+
+
 def check_contiguous(**tensors: torch.Tensor) -> None:
     """All on one device and contiguous."""
     first_name, first = next(iter(tensors.items()))

@@ -147,5 +147,5 @@ def _routed(
 def _weights(stack: PackedStack, fp8: bool) -> Any:
     """Blocks that the product decodes, or a function that makes this layer's E4M3 when a pass comes to it."""
     if fp8:
-        return lambda: routed.packed_to_fp8(stack.blocks, stack.scales, checked=True)
+        return partial(routed.packed_to_fp8, stack.blocks, stack.scales, checked=True)
     return routed.packed(stack.blocks, stack.scales, checked=True)

@@ -8,6 +8,7 @@ times the micro-batches in flight.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_medgpt.config.schema import LanguageConfig, ModelConfig, StageConfig, VisionConfig
@@ -137,7 +138,7 @@ def _projector_parameters(c: ModelConfig) -> int:
 def rank_memory(
     config: ModelConfig, layout: Layout, stage: StageConfig, *, precision: str, recompute: str, pipeline_rank: int,
     target_share: float = 1.0, images_per_row: float = 0.0, routed_share: float = 1.0, attention: str = "flex",
-    mxfp4_frozen: bool = False,
+    mxfp4_frozen: bool = False, experts_kernel: str = "auto",
 ) -> RankMemory:  # fmt: skip
     """Bytes that one rank of a pipeline stage needs for training.
 
@@ -146,6 +147,7 @@ def rank_memory(
         images_per_row: mean over the packed rows.
         routed_share: rows that the busiest rank's experts receive, over the mean.
         mxfp4_frozen: count frozen experts as packed, as a stage with ``experts: packed`` keeps them.
+        experts_kernel: ``kernels.experts`` of the run; ``fp8`` makes a layer's weights in E4M3 in each pass.
     """
     held = rank_parameters(config, layout, pipeline_rank=pipeline_rank)
     trained = held.trained(stage.frozen)
@@ -165,12 +167,25 @@ def rank_memory(
         config, layout, stage, batch, bytes_per_value=b, recompute=recompute, pipeline_rank=pipeline_rank,
         routed_share=routed_share, attention=attention,
     )  # fmt: skip
-    if packed:  # one matrix of one expert is unpacked at a time
+    if experts_kernel == "fp8":
+        layer = _layer_backward_bytes(config.language, layout, stage, batch, b, routed_share)
+        made, used = fp8_scratch_bytes(config.language, layout.expert)
+        workspace = max(workspace, made, layer + used)
+    elif packed:  # one matrix of one expert is unpacked at a time
         workspace += 2 * config.language.hidden_size * config.language.expert_hidden_size * b
     return RankMemory(
         weights=int(weights), gradients=trained.total * GRADIENT_BYTES, optimizer=int(optimizer),
         activations=activations, workspace=workspace,
     )  # fmt: skip
+
+
+def fp8_scratch_bytes(c: LanguageConfig, expert_ranks: int) -> tuple[int, int]:
+    """One layer's experts in E4M3 with a scale per 128x128 tile, as a pass makes them anew: while they are made, when
+    one projection lies in both orientations, and while they are used."""
+    h, f, experts = c.hidden_size, c.expert_hidden_size, c.num_experts // expert_ranks
+    tiles = math.ceil(h / 128) * (math.ceil(2 * f / 128) + math.ceil(f / 128))
+    used = experts * (3 * h * f + 4 * tiles)
+    return used + experts * h * f, used
 
 
 def chunks_in_flight(layout: Layout, pipeline_rank: int, num_micro_batches: int) -> int:

@@ -15,11 +15,14 @@ SCRIPT = Path(__file__).parents[2] / "kernels" / "compile.py"
 
 
 def test_expert_products_of_every_format_compile_to_hopper_matrix_instructions(tmp_path):
-    """The smallest of the product kernels, in every weight format; ``kernels/compile.py`` does all of them."""
+    """The smallest of the product kernels, in every weight format and through pointers and descriptors;
+    ``kernels/compile.py`` does all of them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), "--only", "rows_kernel", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:]
     made = [row for row in json.loads((tmp_path / "out.json").read_text()) if row["kernel"] == "rows_kernel"]
-    assert {row["options"]["KIND"] for row in made} == {"plain", "fp8", "mxfp4"}
-    assert all(row["wgmma"] and row["fits"] for row in made)
+    kinds = {(row["by"], row["options"]["KIND"]) for row in made}
+    assert kinds == {(by, kind) for by in ("triton", "persistent") for kind in ("plain", "fp8", "mxfp4")}
+    assert all(row["wgmma"] and not row["mma"] and row["fits"] and not row["stack_bytes"] for row in made)
+    assert all((row["tma"] > 0) == (row["by"] == "persistent") for row in made)

@@ -50,6 +50,7 @@ def test_a_rehearsal_measures_its_cases_and_a_second_call_repeats_nothing(tmp_pa
 
 def test_wrong_usage_is_one_line_and_exit_2(tmp_path):
     for arguments, said in (
+        (("--rehearse", "--wheels", str(tmp_path)), "holds no .whl files"),
         (("--only", "speed"), "steps are machine, build"),
         (("--fast",), "unknown argument --fast"),
     ):

@@ -105,7 +105,7 @@ def test_a_call_that_cannot_be_served_is_refused_by_name():
     with pytest.raises(ValueError, match="x_TH is float64"):
         op.permute(torch.zeros(4, 8, dtype=torch.float64), index)
     with pytest.raises(ValueError, match="rows_RH is not contiguous"):
-        op.combine(torch.zeros(8, 4).t(), None, index)
+        op.combine(torch.zeros(8, index.num_rows).t(), None, index)
     with pytest.raises(ValueError, match="payload_RP has rows of 8 bytes; 128 values need 144"):
         op.unpack_fp8(torch.zeros(4, 8, dtype=torch.uint8), 128, torch.bfloat16)
 

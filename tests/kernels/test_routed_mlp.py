@@ -62,25 +62,26 @@ def test_the_cases_clamp_on_every_side():
     assert (z[:, 1::2] > LIMIT).any() and (z[:, 1::2] < -LIMIT).any()
 
 
-def fused(experts: torch.Tensor, num_experts: int, device, *, limit: float = LIMIT, **options):
+def fused(experts: torch.Tensor, num_experts: int, device, *, limit: float = LIMIT, schedule="triton", **options):
     index = route.index(experts.to(device), num_experts, tile=16, implementation="triton")
     return lambda x, weights, *rest: routed.routed_mlp(
-        x, weights, index, *rest, limit=limit, implementation="triton", **options
+        x, weights, index, *rest, limit=limit, implementation=schedule, **options
     )
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("zipf", torch.float32), ("zipf", torch.bfloat16), ("some experts empty", torch.float32),
-     ("one takes everything", torch.bfloat16)],
+    ("name", "dtype", "schedule"),
+    [("zipf", torch.float32, "triton"), ("zipf", torch.bfloat16, "triton"), ("some experts empty", torch.float32, "triton"),
+     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"),
+     ("some experts empty", torch.float32, "tma-persistent"), ("one takes everything", torch.bfloat16, "tma-persistent")],
 )  # fmt: skip
-def test_forward_and_every_gradient(name, dtype, device):
+def test_forward_and_every_gradient(name, dtype, schedule, device):
     T, H, F, E, K = cases.SMALL[0]
     experts = cases.choices(name, T, E, K)
     spread = 4.0 if dtype == torch.float32 else 1.0
     given = cases.inputs(T, H, F, E, experts.shape[1], dtype=dtype, seed=1, spread=spread, device=device)
-    ours = outcome(fused(experts, E, device), given)
+    ours = outcome(fused(experts, E, device, schedule=schedule), given)
     plain = outcome(by_autograd(experts.to(device)), given)
     exact = outcome(by_autograd(experts.to(device)), in_fp64(given))
     for name, a, b, c in zip(("out", *NAMES), ours, plain, exact):
@@ -119,8 +120,11 @@ def test_rows_that_are_sorted_already_are_one_slot_tokens(device):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fp8_rounds_where_its_reference_rounds(dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "schedule"),
+    [(torch.float32, "triton"), (torch.bfloat16, "triton"), (torch.float32, "tma-persistent"), (torch.bfloat16, "tma")],
+)
+def test_fp8_rounds_where_its_reference_rounds(dtype, schedule, device):
     """Activations and dz are rounded from numbers that differ in their last bits, so some land on the other E4M3
     neighbour: the bound is twice the reference's own distance between its dtype and fp64, plus one part in twenty of what
     FP8 itself costs."""
@@ -134,7 +138,7 @@ def test_fp8_rounds_where_its_reference_rounds(dtype, device):
     def rms(x: torch.Tensor) -> torch.Tensor:
         return x.double().square().mean().sqrt()
 
-    ours = outcome(fused(experts, E, device, precision="fp8"), given)
+    ours = outcome(fused(experts, E, device, schedule=schedule, precision="fp8"), given)
     plain, exact = outcome(expected, given), outcome(expected, in_fp64(given))
     unrounded = outcome(by_autograd(experts), in_fp64(given))
     for name, a, b, c, d in zip(("out", *NAMES), ours, plain, exact, unrounded):
@@ -155,8 +159,10 @@ def packed_experts(given: dict) -> tuple[dict, tuple[torch.Tensor, ...]]:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_mxfp4_experts_are_the_plain_ones_with_the_same_numbers(dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "schedule"), [(torch.float32, "triton"), (torch.bfloat16, "triton"), (torch.bfloat16, "tma-persistent")]
+)
+def test_packed_mxfp4_experts_are_the_plain_ones_with_the_same_numbers(dtype, schedule, device):
     """Bit for bit: decoding is exact, and the products run in the same order."""
     T, H, F, E, K = cases.SMALL[0]
     experts = cases.choices("zipf", T, E, K)
@@ -165,11 +171,12 @@ def test_packed_mxfp4_experts_are_the_plain_ones_with_the_same_numbers(dtype, de
 
     def call(x, weights, _w1, bias1, _w2, bias2):
         return routed.routed_mlp_frozen(
-            x, weights, index, routed.packed(b1, s1), bias1, routed.packed(b2, s2), bias2, limit=LIMIT
-        )
+            x, weights, index, routed.packed(b1, s1), bias1, routed.packed(b2, s2), bias2, limit=LIMIT,
+            implementation=schedule,
+        )  # fmt: skip
 
     ours = outcome(call, rounded, learned=NAMES[:2])
-    plain = outcome(fused(experts, E, device), rounded, learned=NAMES[:2])
+    plain = outcome(fused(experts, E, device, schedule=schedule), rounded, learned=NAMES[:2])
     for a, b in zip(ours, plain):
         assert_bitwise(a, b)
 
@@ -237,6 +244,14 @@ def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(prec
         ),
         ({"weights_TK": torch.zeros(37, 3)}, r"weights_TK has shape \(37, 3\)"),
         ({"down_EFH": torch.zeros(5, 160, 128)}, r"down is \(160, 128\); gate_up asks for \(160, 192\)"),
+        ({"x_TH": torch.zeros(37, 2, 192)}, r"x_TH has shape \(37, 2, 192\); allowed: \(T, H\)"),
+        ({"gate_up_EHG": torch.zeros(192, 320)}, r"gate_up_EHG has shape \(192, 320\); allowed: \(E, K, N\)"),
+        ({"gate_up_bias_EG": torch.zeros(5, 319)}, r"gate_up_bias has shape \(5, 319\); allowed: \(5, 320\)"),
+        ({"down_bias_EH": torch.zeros(4, 192)}, r"down_bias has shape \(4, 192\); allowed: \(5, 192\)"),
+        ({"down_bias_EH": torch.zeros(5, 192, dtype=torch.int32)}, "down_bias is int32; allowed: bfloat16"),
+        ({"down_EFH": torch.zeros(4, 160, 192)}, r"down holds 4 experts; gate_up 5, the index 5"),
+        ({"gate_up_EHG": torch.zeros(5, 192, 320, device="meta")}, "gate_up is on meta, x_TH on"),
+        ({"weights_TK": torch.zeros(37, 2, dtype=torch.float64)}, "weights_TK is float64; allowed: float32"),
     ],
 )
 def test_a_call_that_cannot_be_served_is_refused_by_name(change, named):
@@ -246,6 +261,17 @@ def test_a_call_that_cannot_be_served_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         routed.routed_mlp(*[given[name] for name in NAMES[:2]], index, *[given[name] for name in NAMES[2:]], limit=LIMIT,
                           implementation="triton")  # fmt: skip
+
+
+@needs_triton
+def test_a_schedule_by_descriptors_refuses_rows_that_they_cannot_load(device):
+    T, H, F, E, K = 8, 40, 24, 2, 1
+    given = cases.inputs(T, H, F, E, K, dtype=torch.bfloat16, seed=9, device=device)
+    experts = torch.zeros(T, 1, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"'tma' cannot serve this call: rows of 40 columns take 40 bytes; TMA .* of 16"
+    ):
+        fused(experts, E, device, schedule="tma", precision="fp8")(*given.values())
 
 
 @pytest.mark.parametrize("spread", [14, 15])
@@ -282,38 +308,50 @@ MUTANTS = {
     "up not clamped below": (FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(tl.maximum(up, -limit), limit)", FORWARD + "gate = tl.minimum(gate, limit)\n    up = tl.minimum(up, limit)"),
     "plus one dropped": ("a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)", "a = up * gate * tl.sigmoid(gate * ALPHA)"),
     "alpha of one": ("gate * tl.sigmoid(gate * ALPHA)", "gate * tl.sigmoid(gate)"),
-    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)\n        if KIND == \"mxfp4\":\n            if ALONG_K"),
+    "wrong tail mask": ("a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0.0)\n        if KIND == \"mxfp4\":\n            if ALONG_K", "a_mask = row_mask[:, None] & (k[None, :] < K_SIZE - 1)\n        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0.0)\n        if KIND == \"mxfp4\":\n            if ALONG_K"),
     "stale row": ("to = tl.maximum(entry, 0).to(tl.int64)", "to = tl.maximum(entry - 1, 0).to(tl.int64)"),
-    "router gradient without the bias": ("tl.where(n == 0, bias_part, 0.0)", "tl.where(n == 0, 0 * bias_part, 0.0)"),
-    "router weight missing in dz": ("        da *= weight[:, None]\n", ""),
+    "router gradient without the bias": ("tl.where(n == 0, of_bias, 0.0)", "tl.where(n == 0, 0 * of_bias, 0.0)"),
+    "router weight missing in dz": ("    da *= weight[:, None]\n", ""),
     "gradient through the clamp of gate": ("tl.where(raw_gate <= limit, da", "tl.where(raw_gate <= 1e9, da"),
     "gradient through the clamp of up": ("tl.where(tl.abs(raw_up) <= limit, da", "tl.where(raw_up <= limit, da"),
+}  # fmt: skip
+MUTANTS_OF_GRADIENTS = {
     "down bias gradient unweighted": ("bias += tl.sum(b.to(tl.float32) * weight[:, None], 0)", "bias += tl.sum(b.to(tl.float32) + 0 * weight[:, None], 0)"),
     "last row missing in the weight gradient": ("row_mask = offset < count\n", "row_mask = offset < count - 1\n"),
+    "dots with the bias of the first experts alone": ("bias_ptr + experts[None, :] * H", "bias_ptr + 0 * experts[None, :] * H"),
+}  # fmt: skip
+MUTANTS_OF_PERSISTENT = {
+    "rows of the first tile": ("m * BLOCK_M, w_desc", "0 * BLOCK_M, w_desc"),
+    "last tile of an expert left out": ("(counts + TILE - 1) // TILE", "counts // TILE"),
+    "weights of the first expert": ("tl.reshape(desc.load([expert, row, column])", "tl.reshape(desc.load([0 * expert, row, column])"),
+    "wrong tail mask": ("            mask = row_mask[:, None] & (columns[None, :] < K_SIZE)\n            a = tl.load", "            mask = row_mask[:, None] & (columns[None, :] < K_SIZE - 1)\n            a = tl.load"),
 }  # fmt: skip
 
 
-def _agrees(device, K: int) -> bool:
+def _agrees(device, K: int, schedule: str = "triton") -> bool:
     """At a limit of 1 a tenth of the values is clamped on each side, so every clamp weighs."""
     T, H, F, E = 9, 40, 24, 2
     experts = cases.choices("zipf", T, E, K)
     given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=10, spread=1.0, device=device)
-    ours = outcome(fused(experts, E, device, limit=1.0), given)
+    ours = outcome(fused(experts, E, device, limit=1.0, schedule=schedule), given)
     exact = outcome(by_autograd(experts.to(device), limit=1.0), in_fp64(given))
     return all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(ours, exact))
 
 
 @needs_triton
 def test_every_mutant_is_caught(device):
+    from medgpt_kernels.grouped_mlp import gradients, persistent
     from medgpt_kernels.grouped_mlp import triton as kernels
 
-    assert _agrees(device, 1) and _agrees(device, 2)
-    caught = set()
-    for name, change in MUTANTS.items():
-        with mutant(kernels, *change, package=grouped_mlp):
-            if not _agrees(device, 1 if name == "stale row" else 2):
-                caught.add(name)
-    assert caught == set(MUTANTS)
+    schedules = {kernels: "triton", gradients: "triton", persistent: "tma-persistent"}
+    assert _agrees(device, 1) and _agrees(device, 2) and _agrees(device, 2, "tma-persistent")
+    for module, mutants in ((kernels, MUTANTS), (gradients, MUTANTS_OF_GRADIENTS), (persistent, MUTANTS_OF_PERSISTENT)):
+        caught = set()
+        for name, change in mutants.items():
+            with mutant(module, *change, package=grouped_mlp):
+                if not _agrees(device, 1 if name == "stale row" else 2, schedules[module]):
+                    caught.add(name)
+        assert caught == set(mutants)
 
 
 MUTANTS_OF_HALVES = {

@@ -4,7 +4,8 @@
 #   tools/gpu/verify.sh [--out DIR] [--wheels DIR] [--minutes M] [--only STEP,...] [--again]
 #
 #   --out DIR      where verify.json, bench.txt and logs.tar.gz go (default: $OUT, else gpu-verify)
-#   --wheels DIR   wheels (megatron-core and what it needs) to install beside this Python, for machines without network
+#   --wheels DIR   wheels to lay beside this Python, for machines without network: pytest and what it needs, and
+#                  megatron-core and what it needs for the training step (README.md)
 #   --minutes M    time for everything, 9 by default; what no longer fits is reported as not run
 #   --only a,b     only these steps: machine build tests bench sanitize train
 #   --again        forget what is done
@@ -25,7 +26,7 @@ while [ $# -gt 0 ]; do
     --only) only=$2; shift 2 ;;
     --again) again=1; shift ;;
     --rehearse) rehearse=1; shift ;;
-    -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "verify.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -36,7 +37,7 @@ mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 state=${STATE:-build/gpu-verify} # git ignores build/, so a later call finds what is done
 mkdir -p "$state" && state=$(cd "$state" && pwd)
-[ -n "$again" ] && rm -f "$state"/*
+[ -n "$again" ] && rm -rf "${state:?}"/*
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -46,8 +47,30 @@ else
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
     || { echo "verify.sh: $python finds no CUDA GPU through torch; --rehearse runs without one" >&2; exit 2; }
 fi
+if [ -n "$wheels" ]; then
+  ls "$wheels"/*.whl >/dev/null 2>&1 || { echo "verify.sh: --wheels $wheels holds no .whl files" >&2; exit 2; }
+  site=$state/site
+  if [ ! -f "$site/.whole" ]; then
+    rm -rf "$site"
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl \
+      || { echo "verify.sh: the wheels of $wheels cannot be installed for $python" >&2; exit 2; }
+    touch "$site/.whole"
+  fi
+  export PYTHONPATH="$PYTHONPATH:$site"
+fi
+case ",$only," in *,tests,*|*,train,*)
+  "$python" -c 'import pytest' 2>/dev/null \
+    || { echo "verify.sh: $python has no pytest; carry its wheels with --wheels DIR (see tools/gpu/README.md)" >&2; exit 2; } ;;
+esac
+deadline=""
+"$python" -c 'import pytest_timeout' 2>/dev/null && deadline="--timeout 200"
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)${rehearse:+-rehearsal}
-started=$SECONDS tests=tests/kernels
+started=$SECONDS tests=""
+# The smallest first: what fails there fails everywhere. Not the tests of this script and of compiling without a GPU.
+for name in rounding bad_input mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention \
+  branched_and_cached model_slots alone; do
+  tests="$tests tests/kernels/test_$name.py"
+done
 [ -n "$rehearse" ] && tests=tests/kernels/test_rounding.py
 
 left() { echo $((minutes * 60 - (SECONDS - started))); }
@@ -95,16 +118,17 @@ import sys
 if nvcc.find() is None:
     print('nvcc is not on the PATH'); sys.exit(77)
 print(nvcc.load(cuda.SOURCE))"
-step tests 240 "$python" -m pytest -p no:cacheprovider "$tests" -q -x --timeout 200 --junitxml "$state/tests.xml"
+# shellcheck disable=SC2086  # both are lists of words
+step tests 240 "$python" -m pytest -p no:cacheprovider $tests -q -x --durations 10 $deadline --junitxml "$state/tests.xml"
 if passed tests; then
   step bench 300 "$python" kernels/bench.py --out "$state" ${rehearse:+--tiny} ${CASES:+--only "$CASES"} --seconds $(( $(left) > 150 ? 200 : 60 ))
 else
   case ",$only," in *",bench,"*) note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0 ;; esac
 fi
 step sanitize 120 bash tools/gpu/sanitize.sh "$python"
-step train 180 bash tools/gpu/train_small.sh "$python" "$state" "$wheels"
+step train 180 bash tools/gpu/train_small.sh "$python" "$state"
 
-tar -czf "$out/logs.tar.gz" -C "$state" .
+tar -czf "$out/logs.tar.gz" --exclude ./site -C "$state" .
 cp "$state/bench.txt" "$out/" 2>/dev/null
 "$python" - "$state" "$out" <<'PY'
 import json, pathlib, sys

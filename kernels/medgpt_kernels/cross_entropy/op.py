@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import check, check_axes, check_contiguous, check_float, choose, triton_refusal
 from medgpt_kernels.mx.op import triton_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -126,8 +126,10 @@ def cross_entropy(
     Raises:
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
-    T, H = hidden_TH.shape
-    V = weight_VH.shape[0]
+    check_axes("hidden_TH", hidden_TH, "(T, H)")
+    check_axes("weight_VH", weight_VH, "(V, H)")
+    (T, H), V = hidden_TH.shape, weight_VH.shape[0]
+    check(hidden_TH.is_floating_point(), f"hidden_TH is {hidden_TH.dtype}; allowed: floating point")
     check(weight_VH.shape == (V, H), f"weight_VH has shape {tuple(weight_VH.shape)}; hidden_TH asks for (V, {H})")
     check(
         weight_VH.dtype == hidden_TH.dtype,

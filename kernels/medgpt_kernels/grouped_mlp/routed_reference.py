@@ -79,7 +79,7 @@ class _RoutedMLP(torch.autograd.Function):
             swish = gate * sigmoid
             a = (up + 1) * swish
             d_a = rounded_grad @ w2.t()
-            d_weights[token, slot] = ((d_a * a).sum(1) + rounded_grad @ down_bias[expert]).to(d_weights.dtype)
+            d_weights[token, slot] = ((d_a * a).sum(1) + grad @ down_bias[expert]).to(d_weights.dtype)
             d_a = d_a * weight
             d_z = torch.empty_like(z)
             d_z[:, 0::2] = d_a * (up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid)) * (z[:, 0::2] <= limit)

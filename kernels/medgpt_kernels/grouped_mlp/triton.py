@@ -4,7 +4,7 @@ Rows come in tiles of BLOCK_M that belong to one expert each (``route.RowIndex``
 of each expert through strides, from one of three formats:
 
     plain   bf16, fp16 or fp32
-    fp8     E4M3 codes with a power of two per 128x128 tile; the left side is E4M3 with one per 128 columns of a row
+    fp8     E4M3 with a power of two per 128x128 tile; the left side is E4M3 with one per 128 columns of a row
     mxfp4   packed blocks, decoded to the left side's dtype on the way to the product (exact)
 
 Padding rows are read as zeros and never written.
@@ -36,19 +36,18 @@ def load_packed(blocks_ptr, scales_ptr, rows, row_mask, first, WIDTH, SIZE: tl.c
 
 @triton.jit
 def rows_times_weight(
-    a_ptr, a_scales_ptr, a_rows, row_mask, w_ptr, w_scales_ptr, dot_ptr, expert, columns, K_SIZE, N_SIZE,
+    a_ptr, a_scales_ptr, a_rows, row_mask, w_ptr, w_scales_ptr, expert, columns, K_SIZE, N_SIZE,
     stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e,
-    KIND: tl.constexpr, ALONG_K: tl.constexpr, ROW_DOT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, ALONG_K: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(rows, columns) of ``a @ w[expert]`` in fp32, and with ROW_DOT each row's product with ``dot[expert]``."""
+    """(rows, columns) of ``a @ w[expert]`` in fp32."""
     acc = tl.zeros((a_rows.shape[0], columns.shape[0]), tl.float32)
-    row_dot = tl.zeros((a_rows.shape[0],), tl.float32)
     column_mask = columns < N_SIZE
     wide_expert = expert.to(tl.int64)
     for first in range(0, K_SIZE, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)
-        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)
+        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0.0)
         if KIND == "mxfp4":
             if ALONG_K:
                 rows = wide_expert * N_SIZE + columns
@@ -60,22 +59,16 @@ def rows_times_weight(
             acc = rounding.product(a, w, acc)
         else:
             place = wide_expert * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * stride_k + columns[None, :] * stride_n
-            w = tl.load(w_ptr + place, mask=(k[:, None] < K_SIZE) & column_mask[None, :], other=0)
+            w = tl.load(w_ptr + place, mask=(k[:, None] < K_SIZE) & column_mask[None, :], other=0.0)
             if KIND == "fp8":  # all columns lie in one tile of 128: one scale for the tile, one a row
                 a_scale = load_row_scale(a_scales_ptr, a_rows, row_mask, first, K_SIZE, KIND)
                 column = tl.min(columns, 0)
                 tile = wide_expert * scale_stride_e + first // 128 * scale_stride_k + column // 128 * scale_stride_n
                 scale = a_scale * tl.load(w_scales_ptr + tile, mask=column < N_SIZE, other=0.0)
                 acc += rounding.product_e4m3(a, w) * scale[:, None]
-                if ROW_DOT:
-                    other = tl.load(dot_ptr + wide_expert * K_SIZE + k, mask=k < K_SIZE, other=0.0).to(tl.float32)
-                    row_dot += tl.sum(rounding.from_e4m3(a) * other[None, :], 1) * a_scale
             else:
                 acc = rounding.product(a, w, acc)
-        if ROW_DOT and KIND != "fp8":
-            other = tl.load(dot_ptr + wide_expert * K_SIZE + k, mask=k < K_SIZE, other=0.0).to(tl.float32)
-            row_dot += tl.sum(a.to(tl.float32) * other[None, :], 1)
-    return acc, row_dot
+    return acc
 
 
 @triton.jit
@@ -98,7 +91,7 @@ def two_halves(
     for first in range(0, K_SIZE, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)
-        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0)
+        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0.0)
         if KIND == "mxfp4":
             scales = w_scales_ptr + expert.to(tl.int64) * N_SIZE * (K_SIZE // 32)
             w = load_packed(w_ptr, scales, columns, columns < N_SIZE, first, K_SIZE, BLOCK_K, DTYPE)
@@ -130,7 +123,7 @@ def load_row_scale(scales_ptr, rows, row_mask, first, WIDTH, KIND: tl.constexpr)
 @triton.jit
 def add_fp8_product(acc, a, a_scale, w_place, k_mask, scales_ptr, columns, N_SIZE, scale_stride_n):
     """``acc`` and the product with one block of k of FP8 weights; the columns lie in one tile of 128."""
-    w = tl.load(w_place, mask=k_mask & (columns[None, :] < N_SIZE), other=0)
+    w = tl.load(w_place, mask=k_mask & (columns[None, :] < N_SIZE), other=0.0)
     column = tl.min(columns, 0)
     scale = a_scale * tl.load(scales_ptr + column // 128 * scale_stride_n, mask=column < N_SIZE, other=0.0)
     return acc + rounding.product_e4m3(a, w) * scale[:, None]
@@ -143,21 +136,6 @@ def tile_of(pid, num_m, num_n, GROUP: tl.constexpr):
     first = pid // width * GROUP
     size = tl.minimum(num_m - first, GROUP)
     return first + pid % width % size, pid % width // size
-
-
-@triton.jit
-def store_fp8(codes_ptr, scales_ptr, x, rows, row_mask, first, WIDTH, SIZE: tl.constexpr):
-    """Store columns ``first .. first + SIZE`` as FP8 with one scale per 128; ``x`` must be 0 beyond WIDTH."""
-    grouped = tl.reshape(x, (rows.shape[0], SIZE // 128, 128))
-    exponent = rounding.e4m3_exponent(tl.max(rounding.finite_size(grouped), 2))
-    codes = rounding.to_e4m3(grouped * rounding.power_of_two(-exponent)[:, :, None])
-    columns = first + tl.arange(0, SIZE)
-    mask = row_mask[:, None] & (columns[None, :] < WIDTH)
-    tl.store(codes_ptr + rows[:, None] * WIDTH + columns[None, :], tl.reshape(codes, (rows.shape[0], SIZE)), mask=mask)
-    num_groups = (WIDTH + 127) // 128
-    groups = first // 128 + tl.arange(0, SIZE // 128)
-    mask = row_mask[:, None] & (groups[None, :] < num_groups)
-    tl.store(scales_ptr + rows[:, None] * num_groups + groups[None, :], rounding.power_of_two(exponent), mask=mask)
 
 
 @triton.jit
@@ -177,28 +155,22 @@ def gate_up_fwd_kernel(
         tokens = (tl.maximum(entry, 0) // SLOTS).to(tl.int64)
         bias_ptr += expert.to(tl.int64) * G
         first = n * (BLOCK_N // 2)
+        HALF: tl.constexpr = BLOCK_N // 2
+        columns = n * BLOCK_N + tl.arange(0, HALF)
         if KIND == "plain":
-            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            z, _ = rows_times_weight(
-                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, bias_ptr, expert, columns, H, G,
-                stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, False, DTYPE, BLOCK_K,
+            z = rows_times_weight(
+                x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, n * BLOCK_N + tl.arange(0, BLOCK_N),
+                H, G, stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, True, DTYPE, BLOCK_K,
             )  # fmt: skip
-            a = activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
-            store_rows(a_ptr, a, rows, row_mask, first, G // 2, BLOCK_N // 2, DTYPE)
+            left, right = halves(z)
         else:
-            HALF: tl.constexpr = BLOCK_N // 2
-            columns = n * BLOCK_N + tl.arange(0, HALF)
-            z, z_right = two_halves(
+            left, right = two_halves(
                 x_ptr, x_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, columns, H, G,
                 stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, DTYPE, BLOCK_K,
             )  # fmt: skip
-            a = activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
-            a_right = activated(z_right, bias_ptr, z_ptr, rows, row_mask, columns + HALF, G, limit, DTYPE)
-            if KIND == "fp8":
-                store_fp8_halves(a_ptr, a_scales_ptr, a, a_right, rows, row_mask, first, G // 2)
-            else:
-                store_rows(a_ptr, a, rows, row_mask, first, G // 2, HALF // 2, DTYPE)
-                store_rows(a_ptr, a_right, rows, row_mask, first + HALF // 2, G // 2, HALF // 2, DTYPE)
+        store_halves(
+            left, right, bias_ptr, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit, KIND, DTYPE
+        )
 
 
 @triton.jit
@@ -222,6 +194,22 @@ def store_rows(ptr, x, rows, row_mask, first, WIDTH, SIZE: tl.constexpr, DTYPE: 
     columns = first + tl.arange(0, SIZE)
     mask = row_mask[:, None] & (columns[None, :] < WIDTH)
     tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], rounding.cast(x, DTYPE), mask=mask)
+
+
+@triton.jit
+def store_halves(
+    left, right, bias_ptr, z_ptr, a_ptr, a_scales_ptr, rows, row_mask, columns, first, G, limit,
+    KIND: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """z and a of two products at ``columns`` and at as many after them; with fp8 weights ``a`` as FP8 rows."""
+    HALF: tl.constexpr = left.shape[1]
+    a = activated(left, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE)
+    a_right = activated(right, bias_ptr, z_ptr, rows, row_mask, columns + HALF, G, limit, DTYPE)
+    if KIND == "fp8":
+        store_fp8_halves(a_ptr, a_scales_ptr, a, a_right, rows, row_mask, first, G // 2)
+    else:
+        store_rows(a_ptr, a, rows, row_mask, first, G // 2, HALF // 2, DTYPE)
+        store_rows(a_ptr, a_right, rows, row_mask, first + HALF // 2, G // 2, HALF // 2, DTYPE)
 
 
 @triton.jit
@@ -258,27 +246,113 @@ def rows_kernel(
         entry = tl.load(row_entry_ptr + rows)
         row_mask = entry >= 0
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        out, _ = rows_times_weight(
-            a_ptr, a_scales_ptr, rows, row_mask, w_ptr, w_scales_ptr, bias_ptr, expert, columns, K_SIZE, N_SIZE,
-            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, ALONG_K, False, DTYPE, BLOCK_K,
+        out = rows_times_weight(
+            a_ptr, a_scales_ptr, rows, row_mask, w_ptr, w_scales_ptr, expert, columns, K_SIZE, N_SIZE,
+            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, ALONG_K, DTYPE, BLOCK_K,
         )  # fmt: skip
+        store_product(
+            out, bias_ptr, weights_ptr, out_ptr, rows, entry, row_mask, expert, columns, N_SIZE, BIAS, SCATTER, DTYPE
+        )
+
+
+@triton.jit
+def store_product(
+    out, bias_ptr, weights_ptr, out_ptr, rows, entry, row_mask, expert, columns, N_SIZE,
+    BIAS: tl.constexpr, SCATTER: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The end of ``rows_kernel``."""
+    if BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * N_SIZE + columns, mask=columns < N_SIZE, other=0.0)
+        out += bias.to(tl.float32)[None, :]
+    to = rows
+    if SCATTER:
+        to = tl.maximum(entry, 0).to(tl.int64)
         if BIAS:
-            bias = tl.load(bias_ptr + expert.to(tl.int64) * N_SIZE + columns, mask=columns < N_SIZE, other=0.0)
-            out += bias.to(tl.float32)[None, :]
-        to = rows
-        if SCATTER:
-            to = tl.maximum(entry, 0).to(tl.int64)
-            if BIAS:
-                out *= tl.load(weights_ptr + to, mask=row_mask, other=0.0)[:, None]
-        mask = row_mask[:, None] & (columns[None, :] < N_SIZE)
-        tl.store(out_ptr + to[:, None] * N_SIZE + columns[None, :], rounding.cast(out, DTYPE), mask=mask)
+            out *= tl.load(weights_ptr + to, mask=row_mask, other=0.0)[:, None]
+    mask = row_mask[:, None] & (columns[None, :] < N_SIZE)
+    tl.store(out_ptr + to[:, None] * N_SIZE + columns[None, :], rounding.cast(out, DTYPE), mask=mask)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of the columns; registers stay where they are."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def activation_bwd(
+    da, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE: tl.constexpr
+):  # fmt: skip
+    """From the unweighted gradient of columns ``first ..`` of a: stores dz and ``weight * a``; gives ``<da, a>`` of
+    each row and dz, 0 beyond the width."""
+    SIZE: tl.constexpr = da.shape[1]
+    pair_columns = 2 * first + tl.arange(0, 2 * SIZE)
+    pair_mask = row_mask[:, None] & (pair_columns[None, :] < 2 * F)
+    z_place = rows[:, None] * (2 * F) + pair_columns[None, :]
+    z = tl.load(z_ptr + z_place, mask=pair_mask, other=0.0).to(tl.float32)
+    raw_gate, raw_up = tl.split(tl.reshape(z, (rows.shape[0], SIZE, 2)))
+    gate = tl.minimum(raw_gate, limit)
+    up = tl.minimum(tl.maximum(raw_up, -limit), limit)
+    sigmoid = tl.sigmoid(gate * ALPHA)
+    swish = gate * sigmoid
+    a = (up + 1.0) * swish
+    dot = tl.sum(da * a, 1)
+    store_rows(weighted_a_ptr, a * weight[:, None], rows, row_mask, first, F, SIZE, DTYPE)
+    da *= weight[:, None]
+    slope = sigmoid + swish * (1.0 - sigmoid) * ALPHA
+    d_gate = tl.where(raw_gate <= limit, da * (up + 1.0) * slope, 0.0)
+    d_up = tl.where(tl.abs(raw_up) <= limit, da * swish, 0.0)
+    dz = tl.reshape(tl.join(d_gate, d_up), (rows.shape[0], 2 * SIZE))
+    tl.store(dz_ptr + z_place, rounding.cast(dz, DTYPE), mask=pair_mask)
+    return dot, tl.where(pair_mask, dz, 0.0)
+
+
+@triton.jit
+def activation_bwd_in_halves(
+    da, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE: tl.constexpr
+):  # fmt: skip
+    """As ``activation_bwd``, one half after the other; dz as two tensors."""
+    left, right = halves(da)
+    dot, left = activation_bwd(left, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE)
+    second = first + da.shape[1] // 2
+    more, right = activation_bwd(right, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, second, F, limit, DTYPE)
+    return dot + more, left, right
+
+
+@triton.jit
+def store_down_bwd(
+    da, dots_ptr, z_ptr, weights_ptr, dz_ptr, dz_codes_ptr, dz_scales_ptr, weighted_a_ptr, grad_weight_ptr,
+    rows, entry, row_mask, tokens, expert, n, F, E, limit, num_rows, KIND: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The end of ``down_bwd_kernel``, 32 columns after the other: 64 at once put 520 bytes a thread on the stack, and
+    904 in FP8 (Triton 3.6, sm_90)."""
+    SIZE: tl.constexpr = da.shape[1]
+    first = n * SIZE
+    weight = tl.load(weights_ptr + tl.maximum(entry, 0), mask=row_mask, other=0.0)
+    if KIND == "fp8":
+        part, left, right = activation_bwd_in_halves(
+            da, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE
+        )
+        store_fp8_halves(dz_codes_ptr, dz_scales_ptr, left, right, rows, row_mask, 2 * first, 2 * F)
+    else:
+        left, right = halves(da)
+        part, _, _ = activation_bwd_in_halves(
+            left, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first, F, limit, DTYPE
+        )
+        more, _, _ = activation_bwd_in_halves(
+            right, z_ptr, dz_ptr, weighted_a_ptr, rows, row_mask, weight, first + SIZE // 2, F, limit, DTYPE
+        )
+        part += more
+    of_bias = tl.load(dots_ptr + tokens * E + expert, mask=row_mask, other=0.0)
+    part += tl.where(n == 0, of_bias, 0.0)
+    tl.store(grad_weight_ptr + n.to(tl.int64) * num_rows + rows, part, mask=row_mask)
 
 
 @triton.jit
 def down_bwd_kernel(
-    grad_ptr, grad_scales_ptr, w_ptr, w_scales_ptr, down_bias_ptr, z_ptr, weights_ptr, dz_ptr, dz_codes_ptr,
+    grad_ptr, grad_scales_ptr, w_ptr, w_scales_ptr, dots_ptr, z_ptr, weights_ptr, dz_ptr, dz_codes_ptr,
     dz_scales_ptr, weighted_a_ptr, grad_weight_ptr, row_entry_ptr, tile_expert_ptr,
-    H, F, stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, limit, num_m,
+    H, F, E, stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, limit, num_m,
     SLOTS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -292,85 +366,11 @@ def down_bwd_kernel(
         row_mask = entry >= 0
         tokens = (tl.maximum(entry, 0) // SLOTS).to(tl.int64)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        da, bias_part = rows_times_weight(
-            grad_ptr, grad_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, down_bias_ptr, expert, columns, H, F,
-            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, False, True, DTYPE, BLOCK_K,
+        da = rows_times_weight(
+            grad_ptr, grad_scales_ptr, tokens, row_mask, w_ptr, w_scales_ptr, expert, columns, H, F,
+            stride_k, stride_n, scale_stride_k, scale_stride_n, scale_stride_e, KIND, False, DTYPE, BLOCK_K,
         )  # fmt: skip
-        pair_columns = n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
-        pair_mask = row_mask[:, None] & (pair_columns[None, :] < 2 * F)
-        z_place = rows[:, None] * (2 * F) + pair_columns[None, :]
-        z = tl.load(z_ptr + z_place, mask=pair_mask, other=0.0).to(tl.float32)
-        raw_gate, raw_up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N, 2)))
-        gate = tl.minimum(raw_gate, limit)
-        up = tl.minimum(tl.maximum(raw_up, -limit), limit)
-        sigmoid = tl.sigmoid(gate * ALPHA)
-        swish = gate * sigmoid
-        a = (up + 1.0) * swish
-        part = tl.sum(da * a, 1) + tl.where(n == 0, bias_part, 0.0)
-        tl.store(grad_weight_ptr + n.to(tl.int64) * num_m * BLOCK_M + rows, part, mask=row_mask)
-        weight = tl.load(weights_ptr + tl.maximum(entry, 0), mask=row_mask, other=0.0)
-        mask = row_mask[:, None] & (columns[None, :] < F)
-        tl.store(
-            weighted_a_ptr + rows[:, None] * F + columns[None, :], rounding.cast(a * weight[:, None], DTYPE), mask=mask
-        )
-        da *= weight[:, None]
-        slope = sigmoid + swish * (1.0 - sigmoid) * ALPHA
-        d_gate = tl.where(raw_gate <= limit, da * (up + 1.0) * slope, 0.0)
-        d_up = tl.where(tl.abs(raw_up) <= limit, da * swish, 0.0)
-        dz = tl.reshape(tl.join(d_gate, d_up), (BLOCK_M, 2 * BLOCK_N))
-        tl.store(dz_ptr + z_place, rounding.cast(dz, DTYPE), mask=pair_mask)
-        if KIND == "fp8":
-            dz = tl.where(pair_mask, dz, 0.0)
-            store_fp8(dz_codes_ptr, dz_scales_ptr, dz, rows, row_mask, n * 2 * BLOCK_N, 2 * F, 2 * BLOCK_N)
-
-
-@triton.jit
-def weight_grad_kernel(
-    a_ptr, b_ptr, weights_ptr, grad_ptr, bias_grad_ptr, counts_ptr, row_entry_ptr, E, K_SIZE, N_SIZE,
-    SLOTS: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ACCUMULATE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr, BIAS_DTYPE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one expert's weight, ``a^T @ b`` over its rows, and of its bias, the sum of ``b``.
-
-    GATHER_A, GATHER_B: that side is indexed by token, not by row. With GATHER_B the bias weighs each row by its router
-    weight (``a`` carries the weight already). ACCUMULATE adds to what is there; otherwise it is written, also for an
-    expert without rows.
-    """
-    expert = tl.program_id(2)
-    experts = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
-    first_row = tl.sum(tl.where(experts < expert, (counts + TILE - 1) // TILE * TILE, 0), 0)
-    count = tl.sum(tl.where(experts == expert, counts, 0), 0)
-    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, count, BLOCK_R):
-        offset = start + tl.arange(0, BLOCK_R)
-        row_mask = offset < count
-        rows = (first_row + offset).to(tl.int64)
-        entry = tl.load(row_entry_ptr + rows, mask=row_mask, other=0)
-        tokens = (entry // SLOTS).to(tl.int64)
-        a_rows = tokens if GATHER_A else rows
-        b_rows = tokens if GATHER_B else rows
-        a_mask = row_mask[:, None] & (k[None, :] < K_SIZE)
-        a = tl.load(a_ptr + a_rows[:, None] * K_SIZE + k[None, :], mask=a_mask, other=0.0)
-        b_mask = row_mask[:, None] & (n[None, :] < N_SIZE)
-        b = tl.load(b_ptr + b_rows[:, None] * N_SIZE + n[None, :], mask=b_mask, other=0.0)
-        acc = rounding.product(tl.trans(a), b, acc)
-        if GATHER_B:
-            weight = tl.load(weights_ptr + entry, mask=row_mask, other=0.0)
-            bias += tl.sum(b.to(tl.float32) * weight[:, None], 0)
-        else:
-            bias += tl.sum(b.to(tl.float32), 0)
-    place = grad_ptr + expert.to(tl.int64) * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * N_SIZE + n[None, :]
-    mask = (k[:, None] < K_SIZE) & (n[None, :] < N_SIZE)
-    if ACCUMULATE:
-        acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, rounding.cast(acc, GRAD_DTYPE), mask=mask)
-    if tl.program_id(0) == 0:
-        bias_place = bias_grad_ptr + expert * N_SIZE + n
-        if ACCUMULATE:
-            bias += tl.load(bias_place, mask=n < N_SIZE, other=0.0).to(tl.float32)
-        tl.store(bias_place, rounding.cast(bias, BIAS_DTYPE), mask=n < N_SIZE)
+        store_down_bwd(
+            da, dots_ptr, z_ptr, weights_ptr, dz_ptr, dz_codes_ptr, dz_scales_ptr, weighted_a_ptr, grad_weight_ptr,
+            rows, entry, row_mask, tokens, expert, n, F, E, limit, num_m * BLOCK_M, KIND, DTYPE,
+        )  # fmt: skip

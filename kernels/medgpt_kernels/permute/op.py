@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import (
+    check,
+    check_axes,
+    check_contiguous,
+    check_float,
+    check_shape,
+    choose,
+    triton_refusal,
+)
 from medgpt_kernels.mx.op import FLOATS, triton_dtype
 from medgpt_kernels.permute import reference
 from medgpt_kernels.permute.reference import payload_width
@@ -119,7 +127,7 @@ def pack_fp8(x_TH: Tensor, index: RowIndex, *, implementation: str = "auto") -> 
 
     At H = 2880 a row is 2912 bytes, 0.506 of bf16's.
     """
-    _check(x_TH, "x_TH", implementation)
+    _check(x_TH, "x_TH", implementation, index.token_row.shape[0], index)
     slots = index.token_row.shape[1]
     if choose("permute.pack_fp8", implementation, _serves(x_TH)) == "reference":
         return reference.pack_fp8(x_TH, index.row_entry, slots)
@@ -128,6 +136,8 @@ def pack_fp8(x_TH: Tensor, index: RowIndex, *, implementation: str = "auto") -> 
 
 def unpack_fp8(payload_RP: Tensor, hidden: int, dtype: torch.dtype, *, implementation: str = "auto") -> Tensor:
     """The rows of a payload, (R, H); exact in bf16 and fp32 (E4M3 times a power of two)."""
+    check_axes("payload_RP", payload_RP, "(R, P)")
+    check(dtype in FLOATS, f"dtype is {dtype}; allowed: bfloat16, float16, float32")
     check(payload_RP.dtype == torch.uint8, f"payload_RP is {payload_RP.dtype}; allowed: uint8")
     width = payload_width(hidden)
     check(
@@ -140,10 +150,11 @@ def unpack_fp8(payload_RP: Tensor, hidden: int, dtype: torch.dtype, *, implement
     return _unpack_fp8(payload_RP, hidden, dtype)
 
 
-def _check(tensor: Tensor, name: str, implementation: str) -> None:
+def _check(tensor: Tensor, name: str, implementation: str, rows: int, index: RowIndex) -> None:
     check_float(name, tensor, (*FLOATS, torch.float64) if implementation == "reference" else FLOATS)
     check(tensor.dim() == 2, f"{name} has shape {tuple(tensor.shape)}; allowed: two axes")
-    check_contiguous(**{name: tensor})
+    check(tensor.shape[0] == rows, f"{name} has {tensor.shape[0]} rows; the index is for {rows}")
+    check_contiguous(**{name: tensor, "index": index.row_entry})
 
 
 class _Permute(torch.autograd.Function):
@@ -159,7 +170,7 @@ class _Permute(torch.autograd.Function):
 
 def permute(x_TH: Tensor, index: RowIndex, *, implementation: str = "auto") -> Tensor:
     """Rows of tokens, (R, H), zeros on padding. The gradient of a token is the sum over its rows, slot by slot."""
-    _check(x_TH, "x_TH", implementation)
+    _check(x_TH, "x_TH", implementation, index.token_row.shape[0], index)
     if choose("permute", implementation, _serves(x_TH)) == "reference":
         return reference.permute(x_TH, index.row_entry, index.token_row.shape[1])
     return _Permute.apply(x_TH, index.row_entry, index.token_row)
@@ -186,7 +197,9 @@ def combine(rows_RH: Tensor, weights_TK: Tensor | None, index: RowIndex, *, impl
     Args:
         weights_TK: fp32, contiguous; None for a plain sum.
     """
-    _check(rows_RH, "rows_RH", implementation)
+    _check(rows_RH, "rows_RH", implementation, index.num_rows, index)
+    if weights_TK is not None:
+        check_shape("weights_TK", weights_TK, tuple(index.token_row.shape))
     if choose("combine", implementation, _serves(rows_RH)) == "reference":
         return reference.combine(rows_RH, index.token_row, weights_TK)
     if weights_TK is not None:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import (
+    check,
+    check_axes,
+    check_contiguous,
+    check_float,
+    check_shape,
+    choose,
+    triton_refusal,
+)
 from medgpt_kernels.mx.op import FLOATS, triton_dtype
 from medgpt_kernels.projector import reference
 
@@ -208,6 +216,9 @@ def project_into(
     Raises:
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
+    check_axes("text_SBH", text_SBH, "(S, B, H)")
+    check_axes("features_IPF", features_IPF, "(I, P, F)")
+    check_axes("weight_1", weight_1, "(Hp, D)")
     images, patches, width = features_IPF.shape
     D = at.fold * at.fold * width
     check(patches == at.side**2, f"features_IPF has {patches} patches an image; the placement is for {at.side**2}")
@@ -217,7 +228,16 @@ def project_into(
           f"allowed: {(text_SBH.shape[-1], weight_1.shape[0])}")  # fmt: skip
     for name, tensor in (("text_SBH", text_SBH), ("weight_1", weight_1), ("weight_2", weight_2)):
         check(tensor.dtype == features_IPF.dtype, f"{name} is {tensor.dtype}, features_IPF {features_IPF.dtype}")
-    check_contiguous(text_SBH=text_SBH, features_IPF=features_IPF, weight_1=weight_1, weight_2=weight_2)
+    learned = {"bias_1": (bias_1, weight_1.shape[0]), "bias_2": (bias_2, weight_2.shape[0])}
+    if norm is not None:
+        learned |= {"norm[0]": (norm[0], D), "norm[1]": (norm[1], D)}
+    for name, (tensor, size) in learned.items():
+        check_shape(name, tensor, (size,))
+        check(tensor.is_floating_point(), f"{name} is {tensor.dtype}; allowed: floating point")
+    check_contiguous(
+        text_SBH=text_SBH, features_IPF=features_IPF, weight_1=weight_1, weight_2=weight_2, at=at.patch_N,
+        **{name: tensor for name, (tensor, _) in learned.items()},
+    )  # fmt: skip
     serves = {"triton": lambda: triton_refusal(features_IPF), "reference": lambda: None}
     if choose("projector", implementation, serves) == "reference":
         return reference.project_into(

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import (
+    check,
+    check_axes,
+    check_contiguous,
+    check_float,
+    check_shape,
+    choose,
+    triton_refusal,
+)
 from medgpt_kernels.mx.op import FLOATS, triton_dtype
 from medgpt_kernels.mx.reference import E4M3
 from medgpt_kernels.mx.reference import quantise_rows as reference_quantise_rows
@@ -200,14 +208,19 @@ def route(
     Raises:
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
-    check(x_TH.dim() == 2, f"x_TH has shape {tuple(x_TH.shape)}; allowed: (T, H)")
+    check_axes("x_TH", x_TH, "(T, H)")
+    check_axes("weight_EH", weight_EH, "(E, H)")
     E, H = weight_EH.shape
     check(x_TH.shape[1] == H, f"x_TH has width {x_TH.shape[1]}, weight_EH {H}; they must be equal")
     check(bias_E.shape == (E,), f"bias_E has shape {tuple(bias_E.shape)}; allowed: ({E},)")
     check(1 <= top_k <= E <= MAX_EXPERTS, f"top_k={top_k} of {E} experts; allowed: 1 to E, E at most {MAX_EXPERTS}")
     allowed = (*FLOATS, torch.float64) if implementation == "reference" else FLOATS
-    check_float("x_TH", x_TH, allowed)
-    check_contiguous(x_TH=x_TH, weight_EH=weight_EH, bias_E=bias_E, **({} if norm_H is None else {"norm_H": norm_H}))
+    given = {"x_TH": x_TH, "weight_EH": weight_EH, "bias_E": bias_E, **({} if norm_H is None else {"norm_H": norm_H})}
+    for name, tensor in given.items():
+        check_float(name, tensor, allowed)
+    if norm_H is not None:
+        check_shape("norm_H", norm_H, (H,))
+    check_contiguous(**given)
     if choose("route", implementation, _serves(x_TH)) == "reference":
         return _reference_route(x_TH, weight_EH, bias_E, top_k, norm_H, eps, quantise)
     normed, codes, scales, logits, weights, experts, histogram = _Route.apply(
@@ -297,6 +310,10 @@ def index(
     check(tile == 1 or _is_tile(tile), f"tile={tile}; allowed: 1 and powers of two from 16")
     check(1 <= num_experts <= MAX_EXPERTS, f"num_experts={num_experts}; allowed: 1 to {MAX_EXPERTS}")
     check_contiguous(experts_TK=experts_TK)
+    if histogram is not None:
+        check(histogram.dtype == torch.int32, f"histogram is {histogram.dtype}; allowed: int32")
+        check_shape("histogram", histogram, (_cdiv(experts_TK.shape[0], BLOCK_T), num_experts))
+        check_contiguous(experts_TK=experts_TK, histogram=histogram)
     if choose("route.index", implementation, _serves(experts_TK)) == "reference":
         made = list(reference.index(experts_TK.cpu(), num_experts, tile))
         made[2] = made[2] if tile > 1 else made[2][:0]
@@ -335,6 +352,8 @@ def index_sorted(counts_E: Tensor, num_rows: int, *, tile: int = 128, implementa
     Args:
         counts_E: int32 or int64 on the device, adding up to ``num_rows``.
     """
+    check_axes("counts_E", counts_E, "(E)")
+    check(num_rows >= 0, f"num_rows={num_rows}; it must not be negative")
     check(counts_E.dtype in (torch.int32, torch.int64), f"counts_E is {counts_E.dtype}; allowed: int32, int64")
     check(_is_tile(tile), f"tile={tile}; allowed: powers of two from 16")
     check_contiguous(counts_E=counts_E)
@@ -400,7 +419,11 @@ def losses(
     Args:
         logits_TE: fp32, contiguous; kept_T fp32, 1 for tokens that count and 0 for padding.
     """
-    check_contiguous(logits_TE=logits_TE, kept_T=kept_T)
+    check_axes("logits_TE", logits_TE, "(T, E)")
+    T, E = logits_TE.shape
+    check_shape("share_E", share_E, (E,))
+    check_shape("kept_T", kept_T, (T,))
+    check_contiguous(logits_TE=logits_TE, kept_T=kept_T, share_E=share_E)
     if choose("route.losses", implementation, _serves(logits_TE)) == "reference":
         return reference.losses(logits_TE, share_E, kept_T, num_tokens)
     check_float("logits_TE", logits_TE, (torch.float32,))

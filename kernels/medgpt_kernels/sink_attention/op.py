@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medgpt_kernels.dispatch import check, check_axes, check_shape
 from medgpt_kernels.sink_attention import fused_cpu, reference
 
 IMPLEMENTATIONS = ("reference", "fused_cpu", "flex")
@@ -62,6 +63,21 @@ class PackedRows:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
+def _check(query_BASD: Tensor, key_BQSD: Tensor, value_BQSD: Tensor, sinks_A: Tensor, rows: PackedRows) -> None:
+    check_axes("query_BASD", query_BASD, "(B, A, S, D)")
+    B, A, S, D = query_BASD.shape
+    Q = key_BQSD.shape[1] if key_BQSD.dim() == 4 else 0
+    check(Q > 0 and A % Q == 0, f"key_BQSD has shape {tuple(key_BQSD.shape)}; its second axis must divide {A} heads")
+    for name, tensor in (("key_BQSD", key_BQSD), ("value_BQSD", value_BQSD)):
+        check_shape(name, tensor, (B, Q, S, D))
+        check(tensor.dtype == query_BASD.dtype, f"{name} is {tensor.dtype}, query_BASD {query_BASD.dtype}")
+    check_shape("sinks_A", sinks_A, (A,))
+    check_shape("document_ids_BS", rows.document_ids_BS, (B, S))
+    devices = {"key_BQSD": key_BQSD, "value_BQSD": value_BQSD, "sinks_A": sinks_A, "documents": rows.document_ids_BS}
+    for name, tensor in devices.items():
+        check(tensor.device == query_BASD.device, f"{name} is on {tensor.device}, query_BASD on {query_BASD.device}")
+
+
 def sink_attention(
     query_BASD: Tensor, key_BQSD: Tensor, value_BQSD: Tensor, sinks_A: Tensor, rows: PackedRows,
     *, window: int | None, scale: float,
@@ -75,7 +91,11 @@ def sink_attention(
 
     Returns:
         (B, A, S, D) in the dtype of the query.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that are not served.
     """
+    _check(query_BASD, key_BQSD, value_BQSD, sinks_A, rows)
     if rows.implementation == "reference":
         return reference.sink_attention(
             query_BASD, key_BQSD, value_BQSD, sinks_A, rows.document_ids_BS, window=window, scale=scale,

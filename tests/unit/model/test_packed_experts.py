@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from medgpt_kernels.grouped_mlp import routed
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.presets import GPT_OSS_20B, TINY, TINY_CLIP
@@ -18,10 +19,11 @@ from megatron_medgpt.config.schema import (
     StageConfig,
 )
 from megatron_medgpt.model.build import build_model
+from megatron_medgpt.model.experts import packed_shapes
 from megatron_medgpt.model.language import engine_config
 from megatron_medgpt.model.packed_experts import PackedExperts
 from megatron_medgpt.parallel import groups
-from megatron_medgpt.parallel.memory import rank_memory
+from megatron_medgpt.parallel.memory import fp8_scratch_bytes, rank_memory
 from megatron_medgpt.parallel.plan import make_layout
 
 MODEL = ModelConfig(language=replace(TINY, num_layers=2), vision=TINY_CLIP)
@@ -105,6 +107,31 @@ def test_the_20b_preset_keeps_423_mb_a_layer_and_nothing_of_the_experts_beside_i
     matrices = 24 * 32 * 3 * 2880 * 2880
     assert plain.weights - packed.weights == matrices * 2 - matrices * 17 // 32
     assert packed.workspace - plain.workspace <= 2 * 2880 * 2880 * 2
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_the_planner_counts_what_a_pass_in_fp8_makes_of_packed_experts(passes):
+    """A pass makes one orientation of both projections, and for a moment the other of one of them."""
+    language = replace(TINY, hidden_size=192, expert_hidden_size=160)
+    scratch = dict.fromkeys((passes, "both"), 0)
+    for name in ("gate_up", "down"):
+        shapes = packed_shapes(language.num_experts, 192, 160)
+        blocks, scales = (torch.zeros(shapes[f"{name}_{leaf}"], dtype=torch.uint8) for leaf in ("blocks", "scales"))
+        for asked in scratch:
+            w = routed.packed_to_fp8(blocks, scales, passes=asked, implementation="reference")
+            found = [t for t in (w.forward, w.backward, w.scales) if t is not None]
+            scratch[asked] += sum(t.numel() * t.element_size() for t in found)
+    made, used = fp8_scratch_bytes(language, 1)
+    assert scratch[passes] == used
+    assert scratch["both"] - used == 3 * (made - used)
+    model = ModelConfig(language=language, vision=TINY_CLIP)
+    stage = replace(STAGE, experts="packed", sequence_length=64)
+    layout = make_layout(ParallelConfig(), model, 1)
+    plain, fp8 = (
+        rank_memory(model, layout, stage, precision="bf16", recompute="none", pipeline_rank=0, experts_kernel=kernel)
+        for kernel in ("bf16", "fp8")
+    )
+    assert fp8.workspace >= used and fp8.weights == plain.weights
 
 
 def test_packed_experts_that_should_learn_are_refused(one_process):

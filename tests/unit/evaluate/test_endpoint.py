@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[: self.server.state.get("cut")])
 
     def log_message(self, *_):
         """Quiet."""
@@ -105,6 +105,23 @@ def test_an_answer_by_another_model_or_in_another_form_is_a_failure(server, task
     server.state["answer"] = lambda number, attempt: reply("A", model="gpt") if number else (200, {"choices": []})
     summary, _ = answered(engine_of(server, retries=0), task)
     assert summary["failed"] == 16
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_reply_that_is_cut_off_is_tried_again_and_counts_as_a_failure(server, task, status):
+    asked = engine_of(server, retries=1)
+    server.state |= {"cut": 10, "answer": lambda number, attempt: (status, reply("A")[1])}
+    summary, items = answered(asked, task)
+    assert (summary["n"], summary["failed"]) == (16, 16)
+    assert len(server.state["requests"]) == 32
+    assert "failed 2 times" in items[0].error
+
+
+def test_content_in_another_form_than_text_is_a_failure(server, task):
+    server.state["answer"] = lambda number, attempt: reply([{"type": "text", "text": "A"}] if number else None)
+    summary, items = answered(engine_of(server, retries=0), task)
+    assert (summary["n"], summary["failed"]) == (16, 16)
+    assert "content is a list" in items[1].error
 
 
 def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_path, monkeypatch):

@@ -342,8 +342,10 @@ def test_leakage_is_shown_with_both_pictures_and_the_accuracy_without_it(run):
     assert "Leakage" not in said_by(run)
     (run / "leakage").mkdir()
     (run / "leakage" / "leakage.json").write_text(json.dumps(audit()))
-    items = [{"question_id": f"q{n}", "correct": n != 3} for n in range(4)]
-    (run / "eval" / "a.items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    # U+2028 may stand in an answer and ends no line
+    items = [{"question_id": f"q{n}", "correct": n != 3, "output": "a\u2028b"} for n in range(4)]
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (run / "eval" / "a.items.jsonl").write_text(lines, encoding="utf-8")
     said = said_by(run)
     assert "2 of 64 and 9 of 256 bits differ" in said
     # of q0 to q3 all but q3 are right; q0's picture was seen, and q1's text

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -38,6 +42,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if self.server.state.get("reset"):
+            self.wfile.flush()
+            time.sleep(0.02)  # the client has the headers
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Closed with a reset and not a farewell, by the number: the handler's files would keep the socket open.
+            os.close(self.connection.detach())
+            return
         self.wfile.write(data[: self.server.state.get("cut")])
 
     def log_message(self, *_):
@@ -107,10 +118,10 @@ def test_an_answer_by_another_model_or_in_another_form_is_a_failure(server, task
     assert summary["failed"] == 16
 
 
-@pytest.mark.parametrize("status", [200, 503])
-def test_a_reply_that_is_cut_off_is_tried_again_and_counts_as_a_failure(server, task, status):
+@pytest.mark.parametrize(("status", "fault"), [(200, {"cut": 10}), (503, {"reset": True})])
+def test_a_reply_that_is_cut_off_is_tried_again_and_counts_as_a_failure(server, task, status, fault):
     asked = engine_of(server, retries=1)
-    server.state |= {"cut": 10, "answer": lambda number, attempt: (status, reply("A")[1])}
+    server.state |= {"answer": lambda number, attempt: (status, reply("A")[1]), **fault}
     summary, items = answered(asked, task)
     assert (summary["n"], summary["failed"]) == (16, 16)
     assert len(server.state["requests"]) == 32

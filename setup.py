@@ -41,7 +41,7 @@ EXTRAS = {
         "sacrebleu>=2.4",
         "rouge-score>=0.1.2",
     ],
-    "chat": ["gradio>=6"],  # the local page of `medgpt chat`; it still asks for Pillow below 13
+    "chat": ["gradio>=6.31"],  # the local page of `medgpt chat`; it still asks for Pillow below 13
     "te": ["transformer-engine[pytorch]"],
     "nvcc": ["nvidia-cuda-nvcc", "nvidia-cuda-cccl"],  # compiles the .cu sources where no CUDA toolkit is installed
     "dev": [

@@ -27,6 +27,7 @@ _STYLE = """
 .medgpt-warning { position: sticky; top: 0; z-index: 50; background: #7a2e12; color: #fff; font-weight: 600;
   padding: .55rem .9rem; border-radius: 8px; }
 .medgpt-warning p { color: #fff; margin: 0; }
+.medgpt-picture img { width: 100%; height: 100%; object-fit: contain; background: #000; }
 footer { display: none !important; }
 """
 _NO_IMAGE = "Open an image first: DICOM, JPEG or PNG."
@@ -94,6 +95,8 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
                     type="pil",
                     height=420,
                     buttons=["fullscreen"],
+                    alt_text="The picture that the model sees",
+                    elem_classes="medgpt-picture",
                 )
                 facts = gradio.Textbox(label="Picture", value="none yet", interactive=False)
             with gradio.Column():

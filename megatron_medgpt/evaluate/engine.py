@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import time
@@ -135,6 +136,8 @@ class EndpointEngine:
                 raise WorkError(f"asked for {self.model}, answered by {reply['model']}")
             choice = reply["choices"][0]
             text, end = choice["message"]["content"], choice.get("finish_reason")
+            if not isinstance(text, str | None):
+                raise TypeError(f"content is a {type(text).__name__}")
         except WorkError as error:
             return Prediction(question_id=question.question_id, error=str(error)), True
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -154,12 +157,20 @@ class EndpointEngine:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+                reason = f"HTTP {error.code}: {_said(error)}"
                 if error.code < 500 and error.code not in (408, 429):
                     break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:  # the last: a reply cut off in the middle
                 reason = str(error)
         raise WorkError(f"{self.url}{path} failed {attempt + 1} times, last: {reason}")
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The first words of what stands behind a refusal, which may be cut off itself."""
+    try:
+        return error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
 
 
 def check_effort(processor: Any, folder: Path | str, effort: str | None) -> None:

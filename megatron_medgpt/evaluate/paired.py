@@ -78,7 +78,8 @@ def read_verdicts(path: Path | str) -> dict[str, bool]:
     """``{question_id: right}`` of an ``*.items.jsonl`` file that an evaluation wrote beside its result."""
     verdicts = {}
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        # An answer may hold U+2028, at which splitlines would cut.
+        for line in filter(None, Path(path).read_text(encoding="utf-8").split("\n")):
             row = json.loads(line)
             verdicts[str(row["question_id"])] = bool(row["correct"])
     except (OSError, ValueError, KeyError, TypeError) as error:

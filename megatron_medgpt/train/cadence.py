@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +25,10 @@ from megatron_medgpt.train.load_balance import expert_metrics
 from megatron_medgpt.train.step import StepResult
 from megatron_medgpt.train.validate import validate
 
+DEAR_VALIDATION = 0.05
+"""Share of a stage's time above which its validations are worth a word."""
+_LOG = logging.getLogger(__name__)
+
 
 class Cadence:
     """Rank 0 writes; the collectives inside are entered by every rank at the same steps."""
@@ -36,6 +42,8 @@ class Cadence:
         self.config_hash = hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()
         self._first_rank = first_rank
         self._spans: dict[str, float] = {}
+        self._stage_began_s = self._validating_s = 0.0
+        self._said_dear = False
 
     def open(self, resumed_step: int) -> None:
         """Begin writing; metrics after ``resumed_step`` belong to steps that will be done again and are dropped."""
@@ -45,6 +53,8 @@ class Cadence:
             )
 
     def begin_stage(self, parts: Parts, stage_step: int) -> None:
+        self._stage_began_s, self._validating_s = time.perf_counter(), 0.0
+        self._said_dear = False
         if self._first_rank:
             self.line = ProgressLine(
                 name=parts.stage.name, total_steps=parts.stage.num_steps, done_steps=stage_step,
@@ -79,15 +89,28 @@ class Cadence:
         reached_goal = is_best = False
         interval = parts.stage.validation_interval
         if interval and (progress.stage_step % interval == 0 or progress.stage_step == parts.stage.num_steps):
+            began_s = time.perf_counter()
             with parts.trace.span("validation"):
                 figures = validate(parts)
-            record |= figures
+            record |= figures | self._validation_time(parts, time.perf_counter() - began_s)
             reached_goal, is_best = progress.watch.note(figures)
         if self.metrics is not None:
             self.metrics.write(record)
         if self.line is not None:
             self.line.step(record)
         return reached_goal, is_best
+
+    def _validation_time(self, parts: Parts, seconds: float) -> dict[str, float]:
+        """Seconds of a validation, and the share of the stage's time that all of its validations have taken here."""
+        self._validating_s += seconds
+        share = self._validating_s / (time.perf_counter() - self._stage_began_s)
+        if self._first_rank and share > DEAR_VALIDATION and not self._said_dear:
+            self._said_dear, name = True, parts.stage.name
+            _LOG.warning(
+                "validation has taken %.0f %% of the time of stage %s; a longer stages.%s.validation_interval, or "
+                "fewer num_questions and validation_rows, make it cheaper", 100 * share, name, name,
+            )  # fmt: skip
+        return {"validation_s": seconds, "validation_share": share}
 
     def _record(self, parts: Parts, progress, result: StepResult, seconds: float) -> dict:
         flops = training_flops(

@@ -171,7 +171,7 @@ def test_a_run_is_evaluated_under_several_protocols_with_one_loading(uninterrupt
         )  # fmt: skip
 
 
-def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, tmp_path):
+def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, tmp_path, capfd):
     # A learning rate that throws the weights away: the first validation is the best one.
     stage = replace(
         base.stages[0], num_steps=20, validation_interval=1, optimizer=OptimizerConfig(learning_rate=3.0),
@@ -188,6 +188,12 @@ def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, 
     assert len(found) == best + 3
     assert {"option_accuracy", "option_accuracy/photograph", "option_failed"} <= records[0].keys()
     assert all(record["option_failed"] == 0 for record in records)
+    # A validation after every step: what it costs is written down, and said once.
+    spent = sum(record["validation_s"] for record in records)
+    assert 0.05 < records[-1]["validation_share"] < spent / sum(record["step_s"] for record in records)
+    said = "".join(capfd.readouterr())
+    assert said.count("a longer stages.") == 1
+    assert f"stages.{stage.name}.validation_interval" in said
     checkpoints = Path(run.out) / "checkpoints"
     assert resolve_checkpoint(checkpoints / "best").name == f"step-{best:08d}"
     assert resolve_checkpoint(checkpoints).name == f"step-{len(found):08d}"

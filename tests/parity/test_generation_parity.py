@@ -1,7 +1,6 @@
 """Greedy generation with the cache against transformers' ``generate``: the same tokens, one by one, in fp32.
 
 Prompts of different lengths with no image, one and two, beyond the sliding window (16) and YaRN's original length (64);
-Prompts of different lengths with no image, one and two, beyond the sliding window (16) and YaRN's original length (64);
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return _parquet_rows(path)
     text = read_text(path)
     if path.suffix == ".jsonl":
-        rows = [_json(path, line, f"line {number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # splitlines would also cut at U+2028 and the like, which may stand in a text.
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_json(path, line, f"line {number}") for number, line in lines if line.strip()]
     elif path.suffix == ".json":
         rows = _json(path, text, "the file")
         if isinstance(rows, dict):

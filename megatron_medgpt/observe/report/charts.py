@@ -25,24 +25,28 @@ class Line:
     points: bool = False
 
 
-def line_chart(title: str, unit: str, lines: Sequence[Line], stages: Sequence[Span], *, log: bool = False) -> Markup:
+def line_chart(
+    title: str, unit: str, lines: Sequence[Line], stages: Sequence[Span], *, scale: str = "linear"
+) -> Markup:
     """A chart over the steps of a run; the first line takes the colours of the stages, further ones are dark marks.
 
-    ``log`` draws the y axis logarithmically where all values are above 0.
+    ``scale`` of the y axis: ``linear``; ``log``, where all values are above 0; ``share``, all of 0 to 100 %, so that a
+    gain of one point looks like one.
     """
     values = [y for line in lines for y in (*line.series.ys, *line.series.lows, *line.series.highs)]
-    log = log and min(values) > 0
+    log = scale == "log" and min(values) > 0
     # Every chart spans the whole run, so that charts can be compared at a glance.
     steps = [x for line in lines for x in line.series.xs]
     steps += [end for stage in stages for end in (stage.first, stage.last)]
     scale_x = _Scale(*_bounds(steps), LEFT, WIDTH - RIGHT)
-    low, high = _padded(values, log)
+    low, high = (0.0, 1.0) if scale == "share" else _padded(values, log)
     scale_y = _Scale(low, high, HEIGHT - BOTTOM, TOP, log=log)
-    parts = [_stage_bands(stages, scale_x), _grid_y(scale_y), _axis_x(scale_x)]
+    parts = [_stage_bands(stages, scale_x), _grid_y(scale_y, scale), _axis_x(scale_x)]
     for place, line in enumerate(lines):
-        parts += _marks(line, scale_x, scale_y) if line.points else _curve(line, place, stages, scale_x, scale_y)
+        parts += _marks(line, scale_x, scale_y, scale) if line.points else _curve(line, place, stages, scale_x, scale_y)
     said = "; ".join(
-        f"{line.name} from {short_number(line.series.ys[0])} to {short_number(line.series.last)}" for line in lines
+        f"{line.name} from {axis_number(line.series.ys[0], scale)} to {axis_number(line.series.last, scale)}"
+        for line in lines
     )  # fmt: skip
     return _svg(f"{title}{f' ({unit})' if unit else ''}", f"{said} over {scale_x.high:.0f} steps", parts, HEIGHT)
 
@@ -50,8 +54,8 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], stages: Sequence[Sp
 def interval_chart(rows: Sequence[tuple[str, float, Sequence[float] | None, str]], chance: float | None) -> Markup:
     """Accuracies with their intervals on one axis from 0 to 1. Rows are (name, accuracy, interval, colour class)."""
     height = TOP + 30 * len(rows) + 30
-    left = 128
-    scale = _Scale(0, 1, left, WIDTH - 46)
+    left = 132
+    scale = _Scale(0, 1, left, WIDTH - 70)
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1.0):
         x = scale(tick)
@@ -98,6 +102,10 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 10}" text-anchor="middle">{c}</text>')
     said = "; ".join(f"{name}: largest share {max(values):.1%}" for name, values in rows)
     return _svg("Share of routed tokens by expert (columns) and modality (rows)", said, parts, height)
+
+
+def axis_number(value: float, scale: str) -> str:
+    return f"{value:.1%}".replace(".0%", "%") if scale == "share" else short_number(value)
 
 
 def short_number(value: float) -> str:
@@ -168,12 +176,14 @@ def _fitting(name: str, width: float) -> str:
     return name if len(name) <= room else (name[: room - 1] + "…" if room > 3 else "")
 
 
-def _grid_y(scale: _Scale) -> str:
+def _grid_y(scale: _Scale, kind: str) -> str:
     parts = []
     for tick in scale.ticks(5):
         y = scale(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short_number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{axis_number(tick, kind)}</text>'
+        )
     return "".join(parts)
 
 
@@ -210,12 +220,12 @@ def _curve(line: Line, place: int, stages: Sequence[Span], scale_x: _Scale, scal
     return parts
 
 
-def _marks(line: Line, scale_x: _Scale, scale_y: _Scale) -> list[str]:
+def _marks(line: Line, scale_x: _Scale, scale_y: _Scale, kind: str) -> list[str]:
     places = [(scale_x(x), scale_y(y), y) for x, y in zip(line.series.xs, line.series.ys)]
     path = " L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
     marks = "".join(
         f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-        f"<title>{escape(line.name)} {short_number(value)}</title></circle>"
+        f"<title>{escape(line.name)} {axis_number(value, kind)}</title></circle>"
         for x, y, value in places
     )
     return [f'<path class="thin" d="M{path}"/>{marks}']

@@ -31,6 +31,9 @@ def datasets(config: Mapping[str, Any], run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _facts(path: Path, run_dir: Path) -> dict[str, Any] | None:
-    """dataset.json of a dataset; a relative path is looked for here and beside the run."""
-    found = [folder / "dataset.json" for folder in (path, run_dir / path) if (folder / "dataset.json").is_file()]
-    return read_json(found[-1], {}) if found else None
+    """dataset.json of a dataset; a relative path is looked for from the run upwards (it may have been moved with its
+    data), then from here."""
+    run_dir = run_dir.resolve()
+    bases = (run_dir, *run_dir.parents, Path())
+    found = (base / path / "dataset.json" for base in bases)
+    return next((read_json(file, {}) for file in found if file.is_file()), None)

@@ -26,8 +26,23 @@ CONTROL_NAMES = {
 }  # fmt: skip
 
 
+WITHOUT = {
+    "blank_image": "with a blank image", "shuffled_image": "with another question's image",
+    "text_only": "with no image",
+}  # fmt: skip
+MODALITY_NAMES = {
+    "CT(Computed Tomography)": "CT", "MR (Mag-netic Resonance Imaging)": "MR", "ultrasound": "Ultrasound",
+    "OCT (Optical Coherence Tomography": "OCT",
+}  # fmt: skip
+"""How the page writes OmniMedVQA's modalities, which its files spell in these ways."""
+
+
 def control_name(control: str) -> str:
     return CONTROL_NAMES.get(control, control.replace("_", " "))
+
+
+def modality_name(modality: str) -> str:
+    return MODALITY_NAMES.get(modality, modality)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -43,6 +58,46 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: not result.get("controls"))
 
 
+def headline(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a reader should know first: the first evaluation's figure, and whether its answers come from the picture.
+
+    They are said to where the interval of every control lies below the interval of the figure.
+    """
+    if not results or "text" in results[0]:
+        return None
+    main = results[0]
+    low, high = main["ci95"]
+    intervals = main.get("controls_ci95") or {}
+    controls = main.get("controls") or {}
+    said = ", ".join(f"{WITHOUT.get(name, control_name(name))} {value:.1%}" for name, value in controls.items())
+    note = f"{main['task']}, {main['protocol']} protocol; 95% interval {low:.1%} to {high:.1%}"
+    if main.get("chance"):
+        note += f"; guessing gives {main['chance']:.1%}"
+    from_picture = bool(controls) and all(
+        intervals.get(name, [value, value])[1] < low for name, value in controls.items()
+    )
+    if not controls:
+        finding = "Measured without controls: how much of this comes from the picture is not known."
+    elif from_picture:
+        finding = f"The answers come from the picture: {said}."
+    else:
+        finding = f"It is not shown that the answers come from the picture: {said}."
+    return {
+        "figure": f"{main['accuracy']:.1%}", "what": f"of {main['n']:,} questions right", "finding": finding,
+        "doubt": not from_picture, "note": note,
+    }  # fmt: skip
+
+
+def views(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Everything that the page shows of the evaluations; those of one set and protocol are told apart by their file."""
+    names = [f"{result['task']}, {result['protocol']}" for result in results]
+    shown = []
+    for name, result in zip(names, results):
+        file = Path(result["file"]).stem if names.count(name) > 1 else ""
+        shown.append(view(result) | {"file": file, "label": f"{name} ({file})" if file else name})
+    return shown
+
+
 def view(result: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the page shows of one evaluation."""
     bars = [("This model", result["accuracy"], result["ci95"], "ours")]
@@ -51,7 +106,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         bars.append((control_name(name), accuracy, intervals.get(name), "control"))
     published = _published(result)
     counts = {
-        "questions": result["n"], "right": result.get("correct"), "without an answer (wrong)": result.get("failed"),
+        "without an answer (wrong)": result.get("failed"),
         "read by similarity only": result.get("unparsed"), "cut at the token limit": result.get("truncated"),
         **{f"no answer: {reason}": n for reason, n in (result.get("failed_reasons") or {}).items()},
         **{f"problem: {kind.replace('_', ' ')}": n for kind, n in (result.get("problems") or {}).items()},
@@ -69,6 +124,7 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "macro": result.get("macro_by_modality"),
         "engine": result.get("engine", ""),
         "chart": charts.interval_chart(bars, result.get("chance")),
+        "right": "" if result.get("correct") is None else f"{result['correct']:,} of {result['n']:,}",
         "counts": {name: count for name, count in counts.items() if count is not None},
         "table": _table(result),
         "published": published,
@@ -108,7 +164,7 @@ def _table(result: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for modality, total in (result.get("by_modality") or {}).items():
         own = cells.get(modality, {})
-        rows.append({"name": modality, "cells": [own.get(kind) for kind in kinds], "total": total})
+        rows.append({"name": modality_name(modality), "cells": [own.get(kind) for kind in kinds], "total": total})
     return {
         "kinds": kinds,
         "rows": rows,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import WorkError
+from megatron_medgpt.observe.report.evaluation import modality_name
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
@@ -53,7 +54,7 @@ def _card(path: Path, place: int, entry: Any) -> dict[str, Any]:
         {"text": option, "right": option == entry["answer"], "chosen": option == entry["prediction"]}
         for option in entry.get("options") or []
     ]
-    modality, kind = entry.get("modality") or "", entry.get("question_type") or ""
+    modality, kind = modality_name(entry.get("modality") or ""), entry.get("question_type") or ""
     return {
         "source": _source(path, place, entry),
         "alt": f"{modality or 'Medical'} image. {entry['question']} Right answer: {entry['answer']}.",

@@ -63,7 +63,7 @@ def _without(
         if not found or not path.is_file():
             continue
         try:
-            items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             verdicts = {str(item["question_id"]): bool(item["correct"]) for item in items}
         except (ValueError, KeyError, TypeError) as error:
             raise WorkError(f"{path} is not an items file of an evaluation ({error})") from None

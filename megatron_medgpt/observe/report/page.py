@@ -20,13 +20,13 @@ from megatron_medgpt.observe.report.files import read_json
 
 HERE = Path(__file__).parent
 CURVES = (
-    # key in metrics.jsonl, title, unit, key of rare measurements drawn over it and their name, logarithmic
-    ("loss", "Training loss", "nats per token", ("validation_loss", "validation"), False),
-    ("option_accuracy", "Held-out accuracy while training", "share right", None, False),
-    ("lr", "Learning rate", "", None, False),
-    ("grad_norm", "Gradient norm", "before clipping", None, True),
-    ("tokens_per_s", "Throughput", "tokens per second", None, False),
-    ("mem_gb", "Peak memory per rank", "GB", None, False),
+    # key in metrics.jsonl, title, unit, key of rare measurements drawn over it and their name, scale of the y axis
+    ("loss", "Training loss", "nats per token", ("validation_loss", "validation"), "linear"),
+    ("option_accuracy", "Held-out accuracy while training", "", None, "share"),
+    ("lr", "Learning rate", "", None, "linear"),
+    ("grad_norm", "Gradient norm", "before clipping", None, "log"),
+    ("tokens_per_s", "Throughput", "tokens per second", None, "linear"),
+    ("mem_gb", "Peak memory per rank", "GB", None, "linear"),
 )
 
 
@@ -63,7 +63,8 @@ def write_report(run_dir: Path | str) -> Path:
             expert_load=_expert_load(metrics),
             time_shares=_time_shares(metrics),
             datasets=datasets(config, run_dir),
-            results=[evaluation.view(result) for result in results],
+            headline=evaluation.headline(results),
+            results=evaluation.views(results),
             side_by_side=evaluation.side_by_side(results),
             galleries=galleries,
             leakage=leakage.view(run_dir, results),
@@ -114,23 +115,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _tiles(metrics: Metrics, results: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures on top of the page, the most telling first."""
+    """The figures on top of the page, under the headline."""
     tiles = []
-    if results:
-        main = results[0]
-        low, high = main["ci95"]
-        tiles.append(
-            _tile(
-                "Held-out accuracy",
-                f"{main['accuracy']:.1%}",
-                f"{main['task']}, {main['protocol']}; 95% interval {low:.1%} to {high:.1%}",
-            )
-        )
-        for name, accuracy in main.get("controls", {}).items():
-            tiles.append(
-                _tile(evaluation.control_name(name), f"{accuracy:.1%}", f"guessing is {main.get('chance', 0):.1%}")
-            )
-    elif "accuracy" in summary:
+    if not results and "accuracy" in summary:
         tiles.append(_tile("Held-out accuracy", f"{summary['accuracy']:.1%}", "from summary.json"))
     if (loss := metrics.series("loss", thin=False)) is not None:
         tiles.append(_tile("Training loss", f"{loss.last:.3f}", f"{loss.ys[0]:.3f} at the first step"))
@@ -184,7 +171,7 @@ def _learns(frozen: Any) -> str:
 
 def _curves(metrics: Metrics) -> list[Any]:
     drawn = []
-    for key, title, unit, extra, log in CURVES:
+    for key, title, unit, extra, scale in CURVES:
         series = metrics.series(key)
         if series is None:
             continue
@@ -192,14 +179,15 @@ def _curves(metrics: Metrics) -> list[Any]:
         lines = [charts.Line(title, series, points=rare)]
         if extra is not None and (over := metrics.series(extra[0])) is not None:
             lines.append(charts.Line(extra[1], over, points=True))
-        log = log and min(series.ys) > 0 and max(series.ys) / min(series.ys) > 20
+        if scale == "log" and not (min(series.ys) > 0 and max(series.ys) / min(series.ys) > 20):
+            scale = "linear"
         drawn.append(
             {
                 "title": title,
                 "unit": unit,
                 "note": f"Points: {extra[1]}." if len(lines) > 1 else "",
-                "svg": charts.line_chart(title, unit, lines, metrics.stages, log=log),
-                "last": charts.short_number(series.last),
+                "svg": charts.line_chart(title, unit, lines, metrics.stages, scale=scale),
+                "last": charts.axis_number(series.last, scale),
             }
         )
     return drawn

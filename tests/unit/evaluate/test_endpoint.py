@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -38,7 +42,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.server.state.get("reset"):
+            self.wfile.flush()
+            time.sleep(0.02)  # the client has the headers
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Closed with a reset and not a farewell, by the number: the handler's files would keep the socket open.
+            os.close(self.connection.detach())
+            return
+        self.wfile.write(data[: self.server.state.get("cut")])
 
     def log_message(self, *_):
         """Quiet."""
@@ -105,6 +116,23 @@ def test_an_answer_by_another_model_or_in_another_form_is_a_failure(server, task
     server.state["answer"] = lambda number, attempt: reply("A", model="gpt") if number else (200, {"choices": []})
     summary, _ = answered(engine_of(server, retries=0), task)
     assert summary["failed"] == 16
+
+
+@pytest.mark.parametrize(("status", "fault"), [(200, {"cut": 10}), (503, {"reset": True})])
+def test_a_reply_that_is_cut_off_is_tried_again_and_counts_as_a_failure(server, task, status, fault):
+    asked = engine_of(server, retries=1)
+    server.state |= {"answer": lambda number, attempt: (status, reply("A")[1]), **fault}
+    summary, items = answered(asked, task)
+    assert (summary["n"], summary["failed"]) == (16, 16)
+    assert len(server.state["requests"]) == 32
+    assert "failed 2 times" in items[0].error
+
+
+def test_content_in_another_form_than_text_is_a_failure(server, task):
+    server.state["answer"] = lambda number, attempt: reply([{"type": "text", "text": "A"}] if number else None)
+    summary, items = answered(engine_of(server, retries=0), task)
+    assert (summary["n"], summary["failed"]) == (16, 16)
+    assert "content is a list" in items[1].error
 
 
 def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_path, monkeypatch):

@@ -179,3 +179,10 @@ def test_runs_of_another_protocol_or_other_questions_are_not_compared(folder, tm
         score("phantoms", fewer, path, "official-qa", against=tmp_path / "a.json")
     with pytest.raises(UsageError, match="not an evaluation file"):
         score("phantoms", folder, path, "official-qa", against=path)
+
+
+def test_an_answer_with_a_line_separator_is_compared_like_any_other(folder, tmp_path):
+    path = write_predictions(tmp_path / "p.jsonl", right_answers() | {"P_0003": "Blood\u2028test"})
+    first = score("phantoms", folder, path, "official-qa", tmp_path / "a.json")
+    second = score("phantoms", folder, path, "official-qa", against=tmp_path / "a.json")
+    assert (second["n"], second["correct"]) == (first["n"], first["correct"])

@@ -171,6 +171,13 @@ def test_a_users_own_table_needs_only_question_and_answer(tmp_path):
     assert [q.question_id for q in task.questions] == ["mine_000000", "mine_000001"]
 
 
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"What\u2028is\x85number {n}?", "answer": "a"} for n in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [q.question for q in load_task("table", path).questions] == [row["question"] for row in rows]
+
+
 def published_set(change: int = 0) -> list[Question]:
     """Questions with exactly the published counts of modalities and types; ``change`` more of the last type."""
     modalities = [name for name, n in OPEN_ACCESS_BY_MODALITY.items() for _ in range(n)]

@@ -143,6 +143,8 @@ def test_readers_without_eyes_or_mouse_find_their_way(run):
     assert all(attrs["aria-labelledby"] in ids for _, attrs in page.tags if "aria-labelledby" in attrs)
     scrolling = [attrs for _, attrs in page.tags if attrs.get("class") == "scroll"]
     assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolling)
+    labels = [attrs["aria-label"] for attrs in scrolling]
+    assert len(set(labels)) == len(labels)
 
 
 def luminance(colour):
@@ -265,6 +267,50 @@ def test_protocols_stand_side_by_side_with_their_controls(run):
     assert "Side by side" not in said_by(run)
 
 
+def headline_of(run, **more):
+    (run / "eval" / "b.json").unlink(missing_ok=True)
+    (run / "eval" / "a.json").write_text(json.dumps(evaluation(**more)))
+    said = said_by(run)
+    return said[: said.index("Training loss")]
+
+
+def test_the_first_words_say_whether_the_answers_come_from_the_picture(run):
+    assert "75.0% of 4 questions right The answers come from the picture: with a blank image 26.0%." in headline_of(run)
+    overlap = {"blank_image": [0.2, 0.51]}  # the figure's own interval begins at 0.5
+    assert "not shown that the answers come from the picture" in headline_of(run, controls_ci95=overlap)
+    above = {"controls": {"blank_image": 0.6}, "controls_ci95": {}}
+    assert "not shown that the answers come from the picture" in headline_of(run, **above)
+    assert "Measured without controls" in headline_of(run, controls={}, controls_ci95={})
+    # shared words of reports are no share of right answers
+    assert "questions right" not in headline_of(run, task="reports", protocol="report", text={"bleu1": 0.1})
+
+
+def test_modalities_of_omnimedvqa_are_written_as_people_write_them(run):
+    cell = {"n": 4, "correct": 3, "accuracy": 0.75}
+    table = {"by_modality": {"MR (Mag-netic Resonance Imaging)": cell, "Gait": cell}}
+    (run / "eval" / "a.json").write_text(json.dumps(evaluation(**table)))
+    said = said_by(run)
+    assert "Mag-netic" not in said
+    assert "MR – – 75% 4" in said
+    assert "Gait – – 75% 4" in said
+
+
+def test_accuracy_is_drawn_on_all_of_its_scale(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        rows = ({"step": 401 + i, "stage": "instruct", "option_accuracy": 0.8 + i / 100} for i in range(3))
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(run)[1]
+    chart = text[text.index("Held-out accuracy while training") :].split("</svg>")[0]
+    assert re.findall(r">(\d+%)</text>", chart) == ["0%", "20%", "40%", "60%", "80%", "100%"]
+
+
+def test_a_run_that_was_moved_with_its_data_still_finds_it(run, tmp_path_factory):
+    base = tmp_path_factory.mktemp("elsewhere")
+    (run / "data").rename(base / "data")
+    run.rename(base / "run")
+    assert "1,234" in said_by(base / "run")
+
+
 def test_notes_and_figures_of_words_are_shown(run):
     words = {"exact": 0.25, "bleu4": 0.123, "rougeL": 0.456, "bleu_signature": "s", "mean_words": {}}
     (run / "eval" / "a.json").write_text(
@@ -296,8 +342,10 @@ def test_leakage_is_shown_with_both_pictures_and_the_accuracy_without_it(run):
     assert "Leakage" not in said_by(run)
     (run / "leakage").mkdir()
     (run / "leakage" / "leakage.json").write_text(json.dumps(audit()))
-    items = [{"question_id": f"q{n}", "correct": n != 3} for n in range(4)]
-    (run / "eval" / "a.items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    # U+2028 may stand in an answer and ends no line
+    items = [{"question_id": f"q{n}", "correct": n != 3, "output": "a\u2028b"} for n in range(4)]
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (run / "eval" / "a.items.jsonl").write_text(lines, encoding="utf-8")
     said = said_by(run)
     assert "2 of 64 and 9 of 256 bits differ" in said
     # of q0 to q3 all but q3 are right; q0's picture was seen, and q1's text

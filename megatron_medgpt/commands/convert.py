@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_medgpt.commands.options import Out
+from megatron_medgpt.commands.stopping import keeping
 
 convert = typer.Typer(
     no_args_is_help=True, help="Checkpoints in from Hugging Face, out to it, and the proof by logits."
@@ -22,31 +23,49 @@ def hf_to_megatron(
     new_vision: Annotated[str | None, typer.Option(help="Preset of an encoder with random weights.")] = None,
     projector: Annotated[Path | None, typer.Option(help="Folder of a projector; random when not given.")] = None,
     dtype: Annotated[str, typer.Option(help="same, bf16 or fp32.")] = "same",
-    keep_packed: Annotated[bool, typer.Option(help="Keep MXFP4 experts packed (frozen stages).")] = False,
-    pixel_shuffle: Annotated[int, typer.Option(help="Of a new projector: 1 or 2.")] = 1,
-    projector_norm: Annotated[bool, typer.Option(help="A new projector gets a norm in front.")] = False,
-    image_size_px: Annotated[int | None, typer.Option(help="Resolution, where not the encoder's own.")] = None,
+    keep_packed: Annotated[
+        bool, typer.Option("--keep-packed", help="Keep MXFP4 experts packed, for stages that freeze them.")
+    ] = False,
+    pixel_shuffle: Annotated[
+        int, typer.Option(help="Of a new projector: 1, or 2 to fold 2 x 2 patches into one token.")
+    ] = 1,
+    projector_norm: Annotated[
+        bool, typer.Option("--projector-norm", help="A new projector gets a LayerNorm in front.")
+    ] = False,
+    image_size_px: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the encoder's own when not given.")
+    ] = None,
+    feature_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Encoder layer that is the feature, from the end: -2 for CLIP, -1 for SigLIP when not given."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights: a new projector, a new encoder.")] = 1234,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Published weights to a Megatron checkpoint of any layout.
 
     Example: `medgpt convert hf-to-megatron --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out start`
     """
-    from megatron_medgpt.convert import command
+    with keeping(f"nothing was written to {out}"):
+        from megatron_medgpt.convert import command
 
-    code = command.hf_to_megatron(
-        language,
-        out,
-        vision=vision,
-        new_vision=new_vision,
-        projector=projector,
-        dtype=dtype,
-        keep_packed=keep_packed,
-        pixel_shuffle=pixel_shuffle,
-        projector_norm=projector_norm,
-        image_size_px=image_size_px,
-        dry_run=dry_run,
-    )
+        code = command.hf_to_megatron(
+            language,
+            out,
+            vision=vision,
+            new_vision=new_vision,
+            projector=projector,
+            dtype=dtype,
+            keep_packed=keep_packed,
+            pixel_shuffle=pixel_shuffle,
+            projector_norm=projector_norm,
+            image_size_px=image_size_px,
+            feature_layer=feature_layer,
+            seed=seed,
+            dry_run=dry_run,
+        )
     raise typer.Exit(code)
 
 
@@ -56,6 +75,9 @@ def megatron_to_hf(
     out: Out,
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or mxfp4.")] = "bf16",
     part: Annotated[str, typer.Option(help="whole, language or projector.")] = "whole",
+    scale_rule: Annotated[
+        str, typer.Option(help="How MXFP4 chooses a scale: up (never saturates), floor, even, ceil.")
+    ] = "up",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.json.")] = None,
     original: Annotated[
         Path | None, typer.Option(help="Published MXFP4 folder, for experts kept as they were.")
@@ -66,11 +88,19 @@ def megatron_to_hf(
 
     Example: `medgpt convert megatron-to-hf --checkpoint runs/a --out exported --dtype bf16`
     """
-    from megatron_medgpt.convert import command
+    with keeping(f"nothing was written to {out}"):
+        from megatron_medgpt.convert import command
 
-    code = command.megatron_to_hf(
-        checkpoint, out, dtype=dtype, part=part, tokenizer=tokenizer, original=original, evaluation=evaluation or ()
-    )
+        code = command.megatron_to_hf(
+            checkpoint,
+            out,
+            dtype=dtype,
+            part=part,
+            scale_rule=scale_rule,
+            tokenizer=tokenizer,
+            original=original,
+            evaluation=evaluation or (),
+        )
     raise typer.Exit(code)
 
 
@@ -80,11 +110,21 @@ def verify_conversion(
     hf: Annotated[Path, typer.Option(help="The Hugging Face folder.")],
     layout: Annotated[list[str] | None, typer.Option(help="single, tp2, ep2 ...; repeatable.")] = None,
     logits: Annotated[bool, typer.Option(help="Compare logits too (both models in memory, in fp32).")] = True,
+    images: Annotated[
+        bool | None, typer.Option(help="Prompt with images too; where the folder has a vision tower when not given.")
+    ] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="Compare the encoder with this published CLIP or SigLIP folder, too.")
+    ] = None,
 ) -> None:
     """Compare every tensor, and logits over prompts longer than the window; exit 1 outside the bound.
 
     Example: `medgpt convert verify --checkpoint runs/a --hf exported`
     """
-    from megatron_medgpt.convert import command
+    with keeping("not everything was compared"):
+        from megatron_medgpt.convert import command
 
-    raise typer.Exit(command.verify(checkpoint, hf, layouts=layout or ("single",), logits=logits))
+        code = command.verify(
+            checkpoint, hf, layouts=layout or ("single",), logits=logits, images=images, vision=vision
+        )
+    raise typer.Exit(code)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_medgpt.commands.options import Json, Out
+from megatron_medgpt.commands.stopping import keeping
 from megatron_medgpt.config.errors import UsageError
 
 
@@ -23,9 +24,10 @@ def phantoms(
 
     Example: `medgpt phantoms --out phantoms --images 500`
     """
-    from megatron_medgpt.ingest.phantom_study import make_phantoms
+    with keeping(f"{out} is not complete; the same command writes it anew"):
+        from megatron_medgpt.ingest.phantom_study import make_phantoms
 
-    make_phantoms(out, num_train=images, num_validation=validation, num_test=questions, seed=seed)
+        make_phantoms(out, num_train=images, num_validation=validation, num_test=questions, seed=seed)
 
 
 def ingest(
@@ -70,37 +72,43 @@ def ingest(
 
     Example: `medgpt ingest captions.jsonl --image-root images --tokenizer tokenizer --out data/align`
     """
-    from megatron_medgpt.ingest.command import run_ingest
-    from megatron_medgpt.ingest.decode import DecodeOptions
+    with keeping(lambda: _begun(out)):
+        from megatron_medgpt.ingest.command import run_ingest
+        from megatron_medgpt.ingest.decode import DecodeOptions
 
-    run_ingest(
-        inputs,
-        out=out,
-        format=format,
-        image_root=image_root,
-        tokenizer=tokenizer,
-        mapping=_pairs(map or []) or None,
-        store=store,
-        workers=workers or None,
-        max_reject_rate=max_reject_rate,
-        allow_burned_in=allow_burned_in,
-        decode=DecodeOptions(
-            frames=frames,
-            slices=slices,
-            tiles=tiles,
-            tile_px=tile_px,
-            um_per_px=um_per_px,
-            ct_window=ct_window,
-            scaled_px=scaled_px,
-        ),
-        key_file=key_file,
-        suspicious_text=suspicious_text,
-        licence=licence,
-        show_names=show_names,
-        part=part,
-        merge=merge,
-        exclude=exclude,
-    )
+        run_ingest(
+            inputs,
+            out=out,
+            format=format,
+            image_root=image_root,
+            tokenizer=tokenizer,
+            mapping=_pairs(map or []) or None,
+            store=store,
+            workers=workers or None,
+            max_reject_rate=max_reject_rate,
+            allow_burned_in=allow_burned_in,
+            decode=DecodeOptions(
+                frames=frames,
+                slices=slices,
+                tiles=tiles,
+                tile_px=tile_px,
+                um_per_px=um_per_px,
+                ct_window=ct_window,
+                scaled_px=scaled_px,
+            ),
+            key_file=key_file,
+            suspicious_text=suspicious_text,
+            licence=licence,
+            show_names=show_names,
+            part=part,
+            merge=merge,
+            exclude=exclude,
+        )
+
+
+def _begun(out: Path) -> str:
+    whole = len(list(out.glob(".shard-*.json")))  # the note of a finished one
+    return f"{whole} finished shards in {out} are kept, and the same command continues" if whole else "nothing is kept"
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

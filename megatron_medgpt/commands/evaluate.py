@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_medgpt.commands.options import Out
+from megatron_medgpt.commands.stopping import keeping
 
 
 def evaluate(
@@ -34,16 +35,25 @@ def evaluate(
     ] = None,
     reasoning_effort: Annotated[str | None, typer.Option(help="low, medium or high, of --hf or --endpoint.")] = None,
     model: Annotated[str | None, typer.Option(help="Of an endpoint that serves several.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.")] = 16,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests to an endpoint at a time; 16 when not given.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="MEDGPT_API_KEY", show_default=False, help="Of an endpoint that wants one.")
+        str | None, typer.Option(help="Of an endpoint that wants one; better in MEDGPT_API_KEY, where nobody sees it.")
     ] = None,
     nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.")] = 1,
     tensor: Annotated[int, typer.Option(help="Tensor-parallel degree for a checkpoint.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Pipeline-parallel degree for a checkpoint.")] = 1,
     expert: Annotated[int, typer.Option(help="Expert-parallel degree for a checkpoint.")] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Positions of an evaluation row.")] = 1024,
-    reader: Annotated[str, typer.Option(help="Pictures of a checkpoint: auto, dali or pillow.")] = "auto",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions (tokens) that a checkpoint gives a question with its answer; 1024 when not given."
+        ),
+    ] = None,
+    reader: Annotated[
+        str | None, typer.Option(help="Pictures of a checkpoint: dali, pillow, or auto when not given.")
+    ] = None,
 ) -> None:
     """Ask a model the questions of a task and score its answers under a named protocol.
 
@@ -51,33 +61,41 @@ def evaluate(
 
     With several protocols the model is loaded once and NAME.json becomes NAME.PROTOCOL.json for each.
     """
-    from megatron_medgpt.config.schema import ParallelConfig
-    from megatron_medgpt.evaluate.run import evaluate_model
+    with keeping(lambda: _answered(out)):
+        from megatron_medgpt.config.schema import ParallelConfig
+        from megatron_medgpt.evaluate.run import evaluate_model
 
-    code = evaluate_model(
-        task,
-        data=data,
-        out=out,
-        arguments=sys.argv[1:],
-        checkpoint=checkpoint,
-        hf=hf,
-        endpoint=endpoint,
-        tokenizer=tokenizer,
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert),
-        protocols=protocol or [],
-        limit=limit,
-        controls=controls,
-        text_only=text_only,
-        num_ranks=nproc,
-        sequence_length=sequence_length,
-        reader=reader,
-        max_new_tokens=max_new_tokens,
-        reasoning_effort=reasoning_effort,
-        model=model,
-        concurrency=concurrency,
-        api_key=api_key,
-    )
+        code = evaluate_model(
+            task,
+            data=data,
+            out=out,
+            arguments=sys.argv[1:],
+            checkpoint=checkpoint,
+            hf=hf,
+            endpoint=endpoint,
+            tokenizer=tokenizer,
+            parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert),
+            protocols=protocol or [],
+            limit=limit,
+            controls=controls,
+            text_only=text_only,
+            num_ranks=nproc,
+            sequence_length=sequence_length,
+            reader=reader,
+            max_new_tokens=max_new_tokens,
+            reasoning_effort=reasoning_effort,
+            model=model,
+            concurrency=concurrency,
+            # Its variable may be set for other runs: only the option is refused where there is no endpoint.
+            api_key=api_key or (os.environ.get("MEDGPT_API_KEY") if endpoint else None),
+        )
     raise typer.Exit(code)
+
+
+def _answered(out: Path) -> str:
+    if not any(file.stat().st_size for file in out.parent.glob(f"{out.stem}*.answers.jsonl")):
+        return "nothing is answered yet"
+    return f"the answers so far stand beside {out}, and the same command asks the rest"
 
 
 def score(
@@ -111,9 +129,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     Example: `medgpt report runs/a`
     """
-    from megatron_medgpt.observe.report import write_report
+    with keeping(f"{run / 'report.html'} was not written"):
+        from megatron_medgpt.observe.report import write_report
 
-    typer.echo(f"report: {write_report(run)}")
+        typer.echo(f"report: {write_report(run)}")
 
 
 def chat(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_medgpt.commands.options import Json, Out
+from megatron_medgpt.commands.stopping import keeping
 
 
 def demo(
@@ -19,16 +20,19 @@ def demo(
 
     Example: `medgpt demo --out demo`
     """
-    from megatron_medgpt.demo import run_demo
+    with keeping(f"{out} is not complete; the same command begins anew"):
+        from megatron_medgpt.demo import run_demo
 
-    run_demo(out, num_ranks=nproc, quick=quick)
+        run_demo(out, num_ranks=nproc, quick=quick)
 
 
 def plan(
     model: Annotated[str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a YAML with a model section.")],
     gpus: Annotated[int, typer.Option(help="How many GPUs.")],
     gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200 ...")] = "h200",
-    vision: Annotated[str, typer.Option(help="Encoder preset.")] = "clip-l-14-336",
+    vision: Annotated[
+        str | None, typer.Option(help="Encoder of a model preset: clip-l-14-336 (when not given) or medsiglip-448.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Positions of a row.")] = 4096,
     global_batch_rows: Annotated[int, typer.Option(help="Rows of one optimizer step.")] = 256,
     images_per_row: Annotated[float, typer.Option(help="Images of a packed row.")] = 4.0,
@@ -82,6 +86,10 @@ def train(
 
     The same line works under torchrun and srun, which then set the number of ranks.
     """
-    from megatron_medgpt.train.command import run_train
+    with keeping(
+        "nothing was written" if dry_run else "what the last checkpoint holds is kept, and the same command continues"
+    ):
+        from megatron_medgpt.train.command import run_train
 
-    raise typer.Exit(run_train(run, overrides or [], num_ranks=nproc, dry_run=dry_run))
+        code = run_train(run, overrides or [], num_ranks=nproc, dry_run=dry_run)
+    raise typer.Exit(code)

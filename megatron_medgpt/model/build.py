@@ -57,10 +57,7 @@ def build_model(
     )  # fmt: skip
     chunks = []
     for chunk in layout.chunks_of(groups.pp.rank()):
-        try:
-            part = MedGPT(model, config, layout=layout, chunk=chunk, groups=groups, kernels=kernels, seed=seed)
-        except ValueError as error:
-            raise UsageError(f"kernels: {error}") from error
+        part = MedGPT(model, config, layout=layout, chunk=chunk, groups=groups, kernels=kernels, seed=seed)
         initialise(part, seed=seed, std=model.language.init_std, groups=groups)
         chunks.append(part)
     freeze(chunks, frozen)

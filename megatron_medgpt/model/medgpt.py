@@ -11,6 +11,7 @@ from medgpt_kernels.cross_entropy.op import cross_entropy as chunked_cross_entro
 from medgpt_kernels.sink_attention import op
 from torch import Tensor
 
+from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig
 from megatron_medgpt.model.attention import RowInfo
 from megatron_medgpt.model.cache import KeyValueCache
@@ -57,7 +58,10 @@ class MedGPT(MegatronModule):
         self.first_layer = layout.layers_of_chunk(chunk).start
         self.tp_group = groups.tp
         device, dtype = current_device(), config.params_dtype
-        self.attention = op.choose(kernels.attention, device)
+        try:
+            self.attention = op.choose(kernels.attention, device)
+        except ValueError as error:
+            raise UsageError(f"kernels.attention={kernels.attention}: {error}") from None
         self.kernels = kernels
         self.vision = self.projector = None
         if self.pre_process:

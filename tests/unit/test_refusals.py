@@ -66,6 +66,30 @@ def test_a_refusal_is_one_line_and_writes_nothing(
     assert sorted(made.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian small", "no such command 'trian'; did you mean 'train'? See `medgpt --help`"),
+        ("convert verfy", "no such command 'verfy'; did you mean 'verify'? See `medgpt convert --help`"),
+        ("train small --nprocs 2", "no such option: --nprocs; did you mean --nproc? See `medgpt train --help`"),
+        ("train", "missing argument 'run'; see `medgpt train --help`"),
+        ("ingest table --out new", "missing option '--tokenizer'; see `medgpt ingest --help`"),
+        ("plan --model tiny --gpus many", "invalid value for '--gpus': "),
+        ("plan --model", "option '--model' requires an argument; see `medgpt plan --help`"),
+        ("report run another", "another"),
+        ("doctor --json=yes", "see `medgpt doctor --help`"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line_with_the_mend(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(line.split(), monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("medgpt: error: ") and said in shown.err and "--help`" in shown.err
+
+
 def test_an_empty_question_is_refused_before_the_model_is_opened(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

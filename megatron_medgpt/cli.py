@@ -37,6 +37,10 @@ app = typer.Typer(
 )
 
 
+BEGIN, USE = "To begin with", "Evaluating and using a model"
+"""Headings of the help."""
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"medgpt {__version__}")
@@ -46,13 +50,15 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MEDGPT_DEBUG"] = "1"
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def doctor(json: Json = False) -> None:
     """What this machine has, what will be used, what is missing and how to get it.
 
@@ -63,12 +69,15 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(run_doctor(json=json))
 
 
-for _command in (demo, phantoms, ingest, inspect, train):
-    app.command()(_command)
-app.command("eval")(evaluate)
-for _command in (score, plan, chat, report):
-    app.command()(_command)
-app.add_typer(convert, name="convert")
+app.command(rich_help_panel=BEGIN)(demo)
+for _command in (phantoms, ingest, inspect):
+    app.command(rich_help_panel="Data")(_command)
+for _command in (plan, train):
+    app.command(rich_help_panel="Training")(_command)
+app.command("eval", rich_help_panel=USE)(evaluate)
+for _command in (score, report, chat):
+    app.command(rich_help_panel=USE)(_command)
+app.add_typer(convert, name="convert", rich_help_panel=USE)
 
 
 def main() -> None:

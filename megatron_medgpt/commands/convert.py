@@ -17,12 +17,15 @@ convert = typer.Typer(
 
 @convert.command("hf-to-megatron")
 def hf_to_megatron(
-    language: Annotated[Path, typer.Option(help="Folder of GPT-oss, or of a whole export of ours.")],
+    language: Annotated[Path, typer.Option(help="Folder of GPT-oss, or of a whole model exported before.")],
     out: Out,
     vision: Annotated[Path | None, typer.Option(help="Folder of a CLIP or SigLIP model.")] = None,
-    new_vision: Annotated[str | None, typer.Option(help="Preset of an encoder with random weights.")] = None,
+    new_vision: Annotated[
+        str | None,
+        typer.Option(help="Preset of an encoder with random weights, e.g. clip-l-14-336, instead of --vision."),
+    ] = None,
     projector: Annotated[Path | None, typer.Option(help="Folder of a projector; random when not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="same, bf16 or fp32.")] = "same",
+    dtype: Annotated[str, typer.Option(help="Numbers of the checkpoint: same (as published), bf16 or fp32.")] = "same",
     keep_packed: Annotated[
         bool, typer.Option("--keep-packed", help="Keep MXFP4 experts packed, for stages that freeze them.")
     ] = False,
@@ -73,12 +76,14 @@ def hf_to_megatron(
 def megatron_to_hf(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
     out: Out,
-    dtype: Annotated[str, typer.Option(help="bf16, fp32 or mxfp4.")] = "bf16",
-    part: Annotated[str, typer.Option(help="whole, language or projector.")] = "whole",
+    dtype: Annotated[str, typer.Option(help="Numbers of the export: bf16, fp32 or mxfp4 (experts packed).")] = "bf16",
+    part: Annotated[str, typer.Option(help="What is exported: whole, language or projector.")] = "whole",
     scale_rule: Annotated[
         str, typer.Option(help="How MXFP4 chooses a scale: up (never saturates), floor, even, ceil.")
     ] = "up",
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.json.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with tokenizer.json; the run folder's when not given.")
+    ] = None,
     original: Annotated[
         Path | None, typer.Option(help="Published MXFP4 folder, for experts kept as they were.")
     ] = None,
@@ -108,7 +113,9 @@ def megatron_to_hf(
 def verify_conversion(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint or a run folder.")],
     hf: Annotated[Path, typer.Option(help="The Hugging Face folder.")],
-    layout: Annotated[list[str] | None, typer.Option(help="single, tp2, ep2 ...; repeatable.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="Layout ours is run in: single, tp2, ep2, tp2-ep2 ...; repeatable.")
+    ] = None,
     logits: Annotated[bool, typer.Option(help="Compare logits too (both models in memory, in fp32).")] = True,
     images: Annotated[
         bool | None, typer.Option(help="Prompt with images too; where the folder has a vision tower when not given.")

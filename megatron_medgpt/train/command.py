@@ -128,6 +128,7 @@ def _check_dataset(stage: str, folder: Path, words: Tokenizer, config: RunConfig
 
 def train_here(config: RunConfig, *, dry_run: bool) -> int:
     """Train in this process, which is one rank of its world."""
+    from megatron_medgpt.model.build import check_kernels
     from megatron_medgpt.observe.log import say_platform, set_up_log
     from megatron_medgpt.parallel import groups
     from megatron_medgpt.train.stages import run_stages
@@ -138,6 +139,7 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
     world = groups.start()
     try:
         layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
+        check_kernels(config.kernels, config.model, world.device)
         say_platform(f"{world.platform.name}, {config.precision}", layouts, world.size)
         if dry_run:
             from megatron_medgpt.train.dry_run import run_dry

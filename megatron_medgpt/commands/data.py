@@ -18,10 +18,10 @@ IDENTITY, PICTURES, PARTS = "Identity of patients", "Pictures of volumes, slides
 
 def phantoms(
     out: Out = Path("phantoms"),
-    images: Annotated[int, typer.Option(help="Number of training images.")] = 2000,
-    validation: Annotated[int, typer.Option(help="Number of validation images.")] = 200,
-    questions: Annotated[int, typer.Option(help="Number of held-out questions.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Number of training images.")] = 2000,
+    validation: Annotated[int, typer.Option(min=0, help="Number of validation images.")] = 200,
+    questions: Annotated[int, typer.Option(min=0, help="Number of held-out questions.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
 ) -> None:
     """Write synthetic DICOM, JPEG and PNG images with captions, dialogues and OmniMedVQA-format questions.
 
@@ -30,7 +30,11 @@ def phantoms(
     with keeping(f"{out} is not complete; the same command writes it anew"):
         from megatron_medgpt.ingest.phantom_study import make_phantoms
 
+        above = next(place for place in (out, *out.absolute().parents) if place.exists())
+        if not above.is_dir():
+            raise UsageError(f"--out {out}: {above} is a file; name a folder")
         make_phantoms(out, num_train=images, num_validation=validation, num_test=questions, seed=seed)
+    typer.echo(f"{out}: {images} training and {validation} validation images, {questions} held-out questions")
 
 
 def ingest(

@@ -99,14 +99,11 @@ def main() -> None:
         if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
             os._exit(stop.exit_code)  # the end would wait for their server or disk to answer
         raise SystemExit(stop.exit_code) from None
-    except BrokenPipeError:
-        # Whoever read our output has left (``medgpt plan ... | head``); nobody is there to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(MedgptError.exit_code) from None
     except OSError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
-        _say_failed(in_one_line(error))
+        if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
+            _say_failed(in_one_line(error))
         raise SystemExit(MedgptError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
@@ -153,6 +150,16 @@ def _command_of(group: Any, arguments: Sequence[str]) -> str:
             names.append(argument)
             group = group.commands[argument]
     return " ".join(names)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody takes our output any more (``medgpt plan ... | head``), which is no failure to speak of."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return True
+    return False
 
 
 def _say_refused(reason: str) -> None:

@@ -6,8 +6,11 @@ The commands stand in ``commands``; none of them imports a room before it is cal
 from __future__ import annotations
 
 import os
+import re
 import sys
-from typing import Annotated
+import threading
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -16,8 +19,12 @@ from megatron_medgpt.commands.convert import convert
 from megatron_medgpt.commands.data import ingest, inspect, phantoms
 from megatron_medgpt.commands.evaluate import chat, evaluate, report, score
 from megatron_medgpt.commands.options import Json
+from megatron_medgpt.commands.stopping import Stopped, stoppable
 from megatron_medgpt.commands.train import demo, plan, train
-from megatron_medgpt.config.errors import MedgptError, UsageError
+from megatron_medgpt.config.errors import MedgptError, UsageError, in_one_line
+
+_CommandLineError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What typer raises for a command line; the versions for Python 3.10 have it from click, later ones from themselves."""
 
 app = typer.Typer(
     name="medgpt",
@@ -30,6 +37,10 @@ app = typer.Typer(
 )
 
 
+BEGIN, USE = "To begin with", "Evaluating and using a model"
+"""Headings of the help."""
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"medgpt {__version__}")
@@ -39,13 +50,15 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MEDGPT_DEBUG"] = "1"
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def doctor(json: Json = False) -> None:
     """What this machine has, what will be used, what is missing and how to get it.
 
@@ -56,48 +69,107 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(run_doctor(json=json))
 
 
-for _command in (demo, phantoms, ingest, inspect, train):
-    app.command()(_command)
-app.command("eval")(evaluate)
-for _command in (score, plan, chat, report):
-    app.command()(_command)
-app.add_typer(convert, name="convert")
+app.command(rich_help_panel=BEGIN)(demo)
+for _command in (phantoms, ingest, inspect):
+    app.command(rich_help_panel="Data")(_command)
+for _command in (plan, train):
+    app.command(rich_help_panel="Training")(_command)
+app.command("eval", rich_help_panel=USE)(evaluate)
+for _command in (score, report, chat):
+    app.command(rich_help_panel=USE)(_command)
+app.add_typer(convert, name="convert", rich_help_panel=USE)
 
 
 def main() -> None:
     """Entry point: an expected error is one line on stderr and its exit code, never a traceback.
 
-    What the machine refuses (a full disk, a file that may not be read) is expected too: the work has failed.
+    What the machine refuses (a full disk, a file that may not be read) is expected too: the work has failed. A signal
+    ends with 128 and its number, as shells have it.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers too goes by it; bars fill a log
     try:
-        app()
+        with stoppable():
+            _run()
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # every rank was told
+            print(f"medgpt: {stop}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+            os._exit(stop.exit_code)  # the end would wait for their server or disk to answer
+        raise SystemExit(stop.exit_code) from None
     except OSError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
-        _say_failed(_in_one_line(error))
+        if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
+            _say_failed(in_one_line(error))
         raise SystemExit(MedgptError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
-        rank = os.environ.get("RANK", "0")
         if isinstance(error, UsageError):
-            if rank == "0":  # every rank has found the same
-                print(f"medgpt: error: {error}", file=sys.stderr, flush=True)
+            _say_refused(str(error))
         else:
             _say_failed(str(error))
         sys.stdout.flush()
         raise SystemExit(error.exit_code) from None
 
 
+def _run() -> None:
+    """Run the command of this process's arguments. Not by ``app()``, which ends the process in a way of its own."""
+    root, arguments = typer.main.get_command(app), sys.argv[1:]
+    try:
+        with root.make_context("medgpt", arguments) as context:
+            root.invoke(context)
+    except typer.Exit as end:
+        raise SystemExit(end.exit_code) from None
+    except _CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # ``medgpt`` alone, which is a question
+            error.show()
+        else:
+            wrong = _what_is_wrong(error)
+            see = " See" if wrong.endswith("?") else "; see"
+            _say_refused(f"{wrong}{see} `{_command_of(root, arguments)} --help`")
+        raise SystemExit(error.exit_code) from None
+
+
+def _what_is_wrong(error: Any) -> str:
+    """Typer's words for a command line that cannot be, in one line, with the nearest option."""
+    said = error.message if getattr(error, "possibilities", None) else error.format_message()
+    said = re.sub(r"\. (\w)", lambda found: f"; {found[1].lower()}", " ".join(said.split()).rstrip("."))
+    nearest = f"; did you mean {error.possibilities[0]}?" if getattr(error, "possibilities", None) else ""
+    return f"{said[:1].lower()}{said[1:]}{nearest}"
+
+
+def _command_of(group: Any, arguments: Sequence[str]) -> str:
+    """The command that was called, as far as it is one: ``medgpt convert verify``."""
+    names = ["medgpt"]
+    for argument in arguments:
+        if argument in getattr(group, "commands", {}):
+            names.append(argument)
+            group = group.commands[argument]
+    return " ".join(names)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody takes our output any more (``medgpt plan ... | head``), which is no failure to speak of."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return True
+    return False
+
+
+def _say_refused(reason: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every rank has found the same
+        print(f"medgpt: error: {reason}", file=sys.stderr, flush=True)
+
+
 def _say_failed(reason: str) -> None:
     at = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"medgpt: {at}failed: {reason}", file=sys.stderr, flush=True)
-
-
-def _in_one_line(error: OSError) -> str:
-    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    said = " ".join((error.strerror or str(error) or type(error).__name__).split())
-    return f"{files}: {said}" if files else said
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from megatron_medgpt.chat.picture import WARNING, read_picture
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, WorkError
 
 
 def run_chat(
@@ -40,7 +40,10 @@ def run_chat(
     )
     if picture is not None:
         print(f"{picture.describe()}; {conversation.description}", file=sys.stderr, flush=True)
-        print(conversation.answer(str(question), picture.image))
+        answer = conversation.answer(str(question), picture.image)
+        if not answer.strip():
+            raise WorkError("the model's answer is empty; ask in other words, or allow more --max-new-tokens")
+        print(answer)
         return
     page = build_page(conversation, allow_burned_in=allow_burned_in)
     print(f"page: http://{host}:{port} (only from this machine; Ctrl-C stops it)", file=sys.stderr, flush=True)

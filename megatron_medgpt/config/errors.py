@@ -17,3 +17,10 @@ class WorkError(MedgptError):
     """The work itself failed (data, checkpoint, machine): exit code 1."""
 
     exit_code = 1
+
+
+def in_one_line(error: OSError) -> str:
+    """What the system refused, with the files it was asked for."""
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    said = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return f"{files}: {said}" if files else said

@@ -186,9 +186,14 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str
 def _stage_number(key: str, tree: Mapping[str, Any]) -> str:
     """``stages.align.x`` becomes ``stages.0.x``."""
     parts = key.split(".")
-    if len(parts) < 2 or parts[0] != "stages" or parts[1].isdigit():
+    if len(parts) < 2 or parts[0] != "stages":
         return key
-    names = [str(stage.get("name")) for stage in tree.get("stages", ()) if isinstance(stage, Mapping)]
+    names = [str(stage.get("name")) for stage in tree.get("stages") or () if isinstance(stage, Mapping)]
+    if parts[1].isdigit() and parts[1] not in names:
+        if int(parts[1]) >= len(names):
+            there = ", ".join(f"{number} ({name})" for number, name in enumerate(names)) or "none"
+            raise UsageError(f"override {key!r}: no stage has the number {parts[1]}; there are {there}")
+        return key
     if parts[1] not in names:
         raise UsageError(f"override {key!r}: no stage named {parts[1]!r}{_nearest(parts[1], names)}")
     return ".".join(["stages", str(names.index(parts[1])), *parts[2:]])

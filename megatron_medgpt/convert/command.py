@@ -11,6 +11,8 @@ from typing import Any
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
 from megatron_medgpt.convert.megatron_to_hf import export_hf
+from megatron_medgpt.convert.mxfp4 import SCALE_RULES
+from megatron_medgpt.convert.stream import refuse_existing
 from megatron_medgpt.convert.verify import verify as verify_folder
 
 
@@ -25,6 +27,10 @@ def hf_to_megatron(
     Args:
         dry_run: say what would be read and written, and write nothing.
     """
+    if not dry_run:
+        refuse_existing(out)  # before minutes of reading
+    if seed < 0:
+        raise UsageError(f"--seed {seed}; allowed: 0 or more")
     plan = plan_import(
         language, vision=vision, new_vision=new_vision, projector=projector, dtype=dtype, feature_layer=feature_layer,
         image_size_px=image_size_px, pixel_shuffle=pixel_shuffle, projector_norm=projector_norm,
@@ -48,6 +54,11 @@ def megatron_to_hf(
     Args:
         evaluation: files of ``medgpt eval``, for the model card.
     """
+    refuse_existing(out)
+    if scale_rule not in SCALE_RULES:
+        raise UsageError(f"--scale-rule {scale_rule}; allowed: {', '.join(SCALE_RULES)}")
+    if scale_rule != "up" and dtype != "mxfp4":
+        raise UsageError("--scale-rule is of MXFP4; it needs --dtype mxfp4")
     summary = export_hf(
         checkpoint, out, tokenizer=tokenizer, dtype=dtype, part=part, scale_rule=scale_rule, original=original,
         evaluation=[_read_evaluation(path) for path in evaluation], num_threads=num_threads,
@@ -65,6 +76,8 @@ def verify(
     logits: bool = True, vision: Path | None = None, num_threads: int = 2,
 ) -> int:  # fmt: skip
     """Compare a checkpoint with a Hugging Face folder; 1 when they differ. See ``verify.verify`` for the options."""
+    if images is not None and not logits:
+        raise UsageError("--images is of the prompts whose logits are compared; --no-logits has none")
     report = verify_folder(
         checkpoint, hf, layouts=tuple(layouts) or ("single",), images=images, logits=logits, vision=vision,
         num_threads=num_threads,

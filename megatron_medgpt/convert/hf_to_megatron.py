@@ -110,9 +110,11 @@ def plan_import(
     if opened.language is None or opened.language_config is None:
         raise UsageError(f"--language {language} is a {opened.kind} model; it holds no GPT-oss language model")
     whole = opened.vision is not None and vision is None and new_vision is None
+    if whole and feature_layer is not None:
+        raise UsageError(f"--feature-layer {feature_layer}: {language} states its own; give it with --vision alone")
     tower = opened if whole else _tower(vision, new_vision)
     vision_config = tower.vision_config if tower else VISION[str(new_vision)]
-    vision_config = _adjusted(vision_config, feature_layer if not whole else None, image_size_px)
+    vision_config = _adjusted(vision_config, feature_layer, image_size_px)
     given = open_published(Path(projector)) if projector is not None else opened if whole else None
     if given is not None and (pixel_shuffle != 1 or projector_norm):
         option = "--projector-norm" if projector_norm else f"--pixel-shuffle {pixel_shuffle}"

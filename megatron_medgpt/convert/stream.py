@@ -200,6 +200,15 @@ def run_parts(parts: Iterable[Part], work: Callable[[Part], None], *, num_thread
                 log.info("%s: %.2f of %.2f GB", what, done / 1e9, total / 1e9)
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise UsageError where a new folder cannot be made: something is there, or a folder above it is a file."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is never overwritten; name another folder with --out, or remove it")
+    above = next(place for place in out.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out {out}: {above} is a file; name a folder")
+
+
 @contextmanager
 def staged_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` when the block ends without an error, and is removed otherwise.
@@ -212,8 +221,7 @@ def staged_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
         WorkError: too little space, or the disk refuses.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is never overwritten; name another folder with --out, or remove it")
+    refuse_existing(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f".tmp-{out.name}.*"):

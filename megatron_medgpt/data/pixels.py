@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.schema import IMAGE_READERS
 from megatron_medgpt.data.shards import unpack_pixels
 from megatron_medgpt.data.square import pad_rgb, square
 from megatron_medgpt.types import ImageSpec
 
-READERS = ("auto", "dali", "pillow")
 Reader = Literal["auto", "dali", "pillow"]
 Fetch = Callable[[Hashable], tuple[str, np.ndarray | Callable[[np.ndarray], None]]]
 
@@ -65,8 +65,8 @@ def make_decoder(reader: Reader, spec: ImageSpec) -> Decoder:
     Raises:
         UsageError: unknown name, or ``dali`` where DALI is not installed.
     """
-    if reader not in READERS:
-        raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(READERS)}")
+    if reader not in IMAGE_READERS:
+        raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(IMAGE_READERS)}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if reader == "dali" and not installed:
         raise UsageError("image_reader=dali, but DALI is not installed; pip install '.[dali]', or set auto or pillow")
@@ -94,8 +94,8 @@ class PixelSource:
         shift = -np.asarray(spec.mean, np.float64) / np.asarray(spec.std, np.float64)
         self._scale_C = torch.from_numpy(scale.astype(np.float32))
         self._shift_C = torch.from_numpy(shift.astype(np.float32))
-        if reader not in READERS:
-            raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(READERS)}")
+        if reader not in IMAGE_READERS:
+            raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(IMAGE_READERS)}")
 
     def read(self, keys: Sequence[Hashable], fetch: Fetch) -> Tensor:
         """float32 (I, 3, size, size), normalised, contiguous. See ``squares`` for the arguments."""

@@ -83,26 +83,26 @@ class EndpointEngine:
         """
         _require_generative(protocol, "an endpoint")
         waiting, running, failed_in_a_row = iter(questions), set[Future](), 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                while True:
-                    # A bounded window: images are read late, and a killed run loses at most that many answers.
-                    for question in islice(waiting, 2 * self.concurrency - len(running)):
-                        running.add(pool.submit(self._answer, question, protocol))
-                    if not running:
-                        return
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        prediction, is_its_fault = future.result()
-                        failed_in_a_row = failed_in_a_row + 1 if is_its_fault else 0
-                        yield prediction
-                        if failed_in_a_row == GIVE_UP_AFTER:
-                            raise WorkError(
-                                f"--endpoint {self.url}: {GIVE_UP_AFTER} questions in a row failed, the last with: "
-                                f"{prediction.error}. What was answered is kept; the same command asks the rest"
-                            )
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.concurrency)  # no block of its own, which would wait for slow answers at a stop
+        try:
+            while True:
+                # A bounded window: images are read late, and a killed run loses at most that many answers.
+                for question in islice(waiting, 2 * self.concurrency - len(running)):
+                    running.add(pool.submit(self._answer, question, protocol))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    prediction, is_its_fault = future.result()
+                    failed_in_a_row = failed_in_a_row + 1 if is_its_fault else 0
+                    yield prediction
+                    if failed_in_a_row == GIVE_UP_AFTER:
+                        raise WorkError(
+                            f"--endpoint {self.url}: {GIVE_UP_AFTER} questions in a row failed, the last with: "
+                            f"{prediction.error}. What was answered is kept; the same command asks the rest"
+                        )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _served(self, model: str | None) -> str:
         """The model to ask for; the server's own name where none is given, refused where it serves others."""

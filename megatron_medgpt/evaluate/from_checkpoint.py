@@ -107,6 +107,11 @@ def open_checkpoint(
     checkpoint = resolve_checkpoint(path)
     facts = read_facts(checkpoint)
     model = model_of(facts)
+    if not model.tokens_per_image < sequence_length <= model.language.max_length:
+        raise UsageError(
+            f"--sequence-length {sequence_length}: an image alone is {model.tokens_per_image} positions and the model "
+            f"takes {model.language.max_length}; give what lies between"
+        )
     words = find_tokenizer(checkpoint, tokenizer, facts)
     chunks, groups = load_model(checkpoint, model, world, parallel)
     forward, image = LayoutForward(chunks, groups, world.device), image_spec(model)

@@ -56,17 +56,30 @@ def compare_with(other: Path | str, summary: Mapping[str, Any], verdicts: Mappin
         UsageError: ``other`` is no evaluation file, or of another task, protocol or set of questions.
     """
     other = Path(other)
-    try:
-        finished = json.loads(other.read_text(encoding="utf-8"))
-        apart = [key for key in ("task", "protocol") if finished[key] != summary[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--against {other}: not an evaluation file ({type(error).__name__}: {error})") from None
+    finished = _read_evaluation(other)
+    apart = [key for key in ("task", "protocol") if finished[key] != summary[key]]
     if apart:
         raise UsageError(
             f"--against {other} has {apart[0]} {finished[apart[0]]}, this run {summary[apart[0]]}; "
             "only figures of one task and protocol can be compared"
         )
     return {"against": other.name} | compare(read_verdicts(items_path(other)), verdicts)
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    mend = "give the file that medgpt eval or medgpt score wrote with --out"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--against {path}: {error.strerror}; {mend}") from None
+    except ValueError:
+        raise UsageError(f"--against {path} is no JSON; {mend}") from None
+    lacks = [key for key in ("task", "protocol") if not isinstance(content, dict) or key not in content]
+    if lacks:
+        raise UsageError(f"--against {path} is no evaluation file (no {lacks[0]!r} in it); {mend}")
+    if not items_path(path).is_file():
+        raise UsageError(f"--against {path}: {items_path(path).name} is missing beside it; a paired test needs it")
+    return content
 
 
 def items_path(out: Path | str) -> Path:
@@ -79,9 +92,17 @@ def read_verdicts(path: Path | str) -> dict[str, bool]:
     verdicts = {}
     try:
         # An answer may hold U+2028, at which splitlines would cut.
-        for line in filter(None, Path(path).read_text(encoding="utf-8").split("\n")):
+        lines = list(filter(None, Path(path).read_text(encoding="utf-8").split("\n")))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{path} is no text; make it again with medgpt eval or medgpt score") from None
+    for number, line in enumerate(lines, 1):
+        try:
             row = json.loads(line)
             verdicts[str(row["question_id"])] = bool(row["correct"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not an items file of an evaluation ({error})") from None
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{path} line {number} is no verdict of an evaluation; make it again with medgpt eval or medgpt score"
+            ) from None
     return verdicts

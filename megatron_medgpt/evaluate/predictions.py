@@ -51,6 +51,8 @@ def read_predictions(path: Path | str, *, resuming: bool = False) -> tuple[dict[
     path = Path(path)
     if resuming and not path.exists():
         return {}, 0
+    if path.is_dir():
+        raise UsageError(f"--predictions {path} is a folder; name the JSONL file in it")
     if not path.is_file():
         raise UsageError(f"--predictions {path}: no such file")
     text = _whole_lines(path) if resuming else read_text(path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.config.schema import ParallelConfig
+from megatron_medgpt.config.schema import IMAGE_READERS, ParallelConfig
 from megatron_medgpt.evaluate.engine import MAX_NEW_TOKENS, EndpointEngine
 from megatron_medgpt.evaluate.score import refuse_folder
 from megatron_medgpt.evaluate.scorers import GENERATIVE, PROTOCOLS, default_protocol
@@ -21,6 +21,10 @@ from megatron_medgpt.parallel.launch import launched, run_ranks
 
 CHECKPOINT_NEW_TOKENS = 64
 """Token limit of a checkpoint's answers: it writes its final words at once."""
+ROW_LENGTH = 1024
+"""Positions that a checkpoint is given for a question with its options, or its answer."""
+CONCURRENCY = 16
+"""Requests to an endpoint at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +56,12 @@ def evaluate_model(
     controls: bool = True,
     text_only: bool = False,
     num_ranks: int = 1,
-    sequence_length: int = 1024,
-    reader: str = "auto",
+    sequence_length: int | None = None,
+    reader: str | None = None,
     max_new_tokens: int | None = None,
     reasoning_effort: str | None = None,
     model: str | None = None,
-    concurrency: int = 16,
+    concurrency: int | None = None,
     api_key: str | None = None,
 ) -> int:
     """Ask one model the questions of a task under one protocol or several, with controls, and write the evaluation
@@ -67,9 +71,10 @@ def evaluate_model(
         out: the evaluation file; with several protocols ``NAME.json`` becomes ``NAME.PROTOCOL.json`` for each.
         protocols: names, or several in one text with commas between; the set's usual one when none is given.
         controls: also with a blank and with a shuffled picture. ``text_only``: also without any.
-        reader: ``dali`` or ``pillow`` for the pictures of a checkpoint; DALI where it is installed when ``auto``.
+        tokenizer, sequence_length, reader: of a checkpoint. Its run's copy, 1024 positions a row, and ``auto`` (DALI
+            for the pictures where it is installed) when not given.
         reasoning_effort: of a Hugging Face folder or an endpoint; a checkpoint answers without thinking.
-        model, concurrency, api_key: of an endpoint.
+        model, concurrency, api_key: of an endpoint; 16 requests at a time when not given.
         arguments: the command line, with which further ranks are started when ``num_ranks`` > 1.
 
     Returns:
@@ -85,14 +90,20 @@ def evaluate_model(
         task=task, data=data, out=out, protocols=_named(protocols, given[0]), limit=limit,
         controls=(*(("blank_image", "shuffled_image") if controls else ()), *(("text_only",) if text_only else ())),
     )  # fmt: skip
-    _refuse_unused(given[0], num_ranks, reasoning_effort, model, parallel or ParallelConfig())
-    _refuse_early(evaluation)
+    _refuse_unused(
+        given[0], num_ranks, parallel or ParallelConfig(),
+        checkpoint={"--tokenizer": tokenizer, "--sequence-length": sequence_length, "--reader": reader},
+        endpoint={"--model": model, "--concurrency": concurrency, "--api-key": api_key},
+    )  # fmt: skip
+    _refuse_early(evaluation, reader)
+    _refuse_unwritten(given[0], evaluation.protocols, max_new_tokens, reasoning_effort)
     if checkpoint is not None:
         if num_ranks > 1 and not launched():
             return run_ranks(arguments, num_ranks)
         _with_checkpoint(
-            evaluation, checkpoint, tokenizer=tokenizer, parallel=parallel, sequence_length=sequence_length,
-            reader=reader, max_new_tokens=max_new_tokens or CHECKPOINT_NEW_TOKENS,
+            evaluation, checkpoint, tokenizer=tokenizer, parallel=parallel,
+            sequence_length=ROW_LENGTH if sequence_length is None else sequence_length, reader=reader or "auto",
+            max_new_tokens=max_new_tokens or CHECKPOINT_NEW_TOKENS,
         )  # fmt: skip
         return 0
     settings: dict[str, Any] = {
@@ -103,10 +114,8 @@ def evaluate_model(
 
         _run(evaluation, HuggingFaceFolderEngine(hf, **settings))
     else:
-        _run(
-            evaluation,
-            EndpointEngine(str(endpoint), model=model, concurrency=concurrency, api_key=api_key, **settings),
-        )
+        settings["concurrency"] = CONCURRENCY if concurrency is None else concurrency
+        _run(evaluation, EndpointEngine(str(endpoint), model=model, api_key=api_key, **settings))
     return 0
 
 
@@ -125,27 +134,47 @@ def _named(protocols: Sequence[str], engine: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _refuse_early(evaluation: Evaluation) -> None:
+def _refuse_early(evaluation: Evaluation, reader: str | None) -> None:
     """What needs no model is refused before one is loaded."""
     refuse_folder(evaluation.out)
     if evaluation.limit is not None and evaluation.limit < 1:
         raise UsageError(f"--limit {evaluation.limit} must be at least 1")
+    if reader is not None and reader not in IMAGE_READERS:
+        raise UsageError(f"--reader {reader}; allowed: {', '.join(IMAGE_READERS)}")
     check_task(evaluation.task, evaluation.data)
 
 
 def _refuse_unused(
-    engine: str, num_ranks: int, reasoning_effort: str | None, model: str | None, parallel: ParallelConfig
-) -> None:
+    engine: str, num_ranks: int, parallel: ParallelConfig, *, checkpoint: Mapping[str, object],
+    endpoint: Mapping[str, object],
+) -> None:  # fmt: skip
+    """Refuse options of another engine; the two mappings hold those of one engine alone, None where not given."""
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks} must be at least 1")
     if parallel != ParallelConfig() and engine != "--checkpoint":
         raise UsageError(f"--tensor, --pipeline and --expert are for --checkpoint; {engine} has no such layout")
-    if reasoning_effort is not None and engine == "--checkpoint":
-        raise UsageError("--reasoning-effort is for --hf and --endpoint; a checkpoint answers without thinking")
-    if model is not None and engine != "--endpoint":
-        raise UsageError(f"--model names the model of an --endpoint; {engine} is one model")
     if num_ranks > 1 and engine != "--checkpoint":
         raise UsageError(f"--nproc {num_ranks} is for --checkpoint; {engine} is asked by one process")
+    for owner, options in (("--checkpoint", checkpoint), ("--endpoint", endpoint)):
+        given = [name for name, value in options.items() if value is not None]
+        if given and engine != owner:
+            raise UsageError(f"{given[0]} is for {owner} and does nothing with {engine}; leave it out")
+
+
+def _refuse_unwritten(
+    engine: str, protocols: Sequence[str], max_new_tokens: int | None, reasoning_effort: str | None
+) -> None:
+    """Refuse options of written answers where none are written."""
+    if reasoning_effort is not None and engine == "--checkpoint":
+        raise UsageError("--reasoning-effort is for --hf and --endpoint; a checkpoint answers without thinking")
+    if not protocols or any(protocol in GENERATIVE for protocol in protocols):
+        return
+    for option, value in (("--max-new-tokens", max_new_tokens), ("--reasoning-effort", reasoning_effort)):
+        if value is not None:
+            raise UsageError(
+                f"{option} is of written answers, and --protocol {', '.join(protocols)} has none; leave it out, or "
+                f"name one of {', '.join(GENERATIVE)}"
+            )
 
 
 def _with_checkpoint(
@@ -209,7 +238,10 @@ def _progress(what: str, done: int, total: int) -> None:
 def _sentence(summary: dict[str, Any]) -> str:
     low, high = summary["ci95"]
     controls = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in summary["controls"].items())
+    failed = ""
+    if summary["failed"]:
+        failed = f", {summary['failed']} without an answer (most: {next(iter(summary['failed_reasons']))})"
     return (
         f"{summary['task']} ({summary['protocol']}): {summary['correct']}/{summary['n']} = {summary['accuracy']:.3f} "
-        f"(95 % {low:.3f} to {high:.3f}){controls}"
+        f"(95 % {low:.3f} to {high:.3f}){controls}{failed}"
     )

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -272,8 +273,8 @@ def _write(
     if part is not None and total is not None:
         total = -(-total // part.count)  # about: shards are dealt out whole
     finished: list[Finished] = []
-    with Progress(total, echo) as progress:
-        for shard, from_before in write_shards(settings, own_tasks(), workers):
+    with Progress(total, echo) as progress, closing(write_shards(settings, own_tasks(), workers)) as shards:
+        for shard, from_before in shards:
             finished.append(shard)
             progress.add(shard.num_records, len(shard.rejects), from_before=from_before)
     return sorted(finished, key=lambda shard: shard.shard.name), num_shards

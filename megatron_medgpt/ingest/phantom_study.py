@@ -25,6 +25,7 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
+from megatron_medgpt.ingest.interrupts import deaf_to_interrupts
 from megatron_medgpt.ingest.phantoms import MODALITIES, PLACES, SHAPES, SIZE_PX, Phantom, draw_phantom, render, to_grey
 
 NAMES = {"ct": "CT", "mr": "MRI", "xray": "X-ray", "ultrasound": "ultrasound"}
@@ -107,7 +108,9 @@ def make_phantoms(
     if len(tasks) + len(tests) <= _CHUNK:  # processes take longer to start
         examples, questions = list(map(write_example, tasks)), list(map(write_question, tests))
     else:
-        with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
+        with deaf_to_interrupts():
+            pool = multiprocessing.get_context("spawn").Pool(max(1, workers))
+        with pool:
             examples = pool.map(write_example, tasks, chunksize=_CHUNK)
             questions = pool.map(write_question, tests, chunksize=_CHUNK)
     for split in ("train", "validation"):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
-
 from megatron_medgpt.ingest.sources import Source
 from megatron_medgpt.ingest.sources.place import Place
 from megatron_medgpt.ingest.sources.tables import ending_of, read_rows
-from megatron_medgpt.observe.progress import duration
+from megatron_medgpt.observe.progress import Bar, duration
 
 _SECONDS_BETWEEN_LINES = 5.0
 _COUNTED = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -48,20 +43,15 @@ class Progress:
         self._total, self._echo = total, echo
         self._done = self._rejected = self._before = 0
         self._began = self._last = time.monotonic()
-        self._bar: RichProgress | None = None
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
-            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("ingest", total=total, figures="starting")
-            self._bar.start()
+        self._bar = Bar("ingest", total=total, transient=True)
 
     def add(self, records: int, rejected: int, *, from_before: bool) -> None:
         """Count a finished shard. What an earlier run did (``from_before``) is no part of the rate."""
         self._done += records
         self._rejected += rejected
         self._before += records * from_before
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, figures=self.figures())
+        if self._bar.on:
+            self._bar.update(self._done, self.figures())
         elif time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._echo(f"  {self.figures()}")
             self._last = time.monotonic()
@@ -76,9 +66,7 @@ class Progress:
         return f"{self._done}{of} records, {rate:.0f}/s, {self._rejected} rejected{left}"
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.close()
 
     def __enter__(self) -> Progress:
         return self

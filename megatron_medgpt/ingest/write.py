@@ -9,13 +9,13 @@ from __future__ import annotations
 import fcntl
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +27,7 @@ from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
 from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.identity import masked, plain_licence
+from megatron_medgpt.ingest.interrupts import deaf_to_interrupts
 from megatron_medgpt.ingest.parts import Part
 from megatron_medgpt.ingest.sample import make_sample, repeat_marks
 from megatron_medgpt.ingest.sources import Image as RecordImage
@@ -172,7 +173,9 @@ def _read(root: Place, image: RecordImage, modality: str, settings: Settings) ->
     )  # fmt: skip
 
 
-def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Finished, bool]]:
+def write_shards(
+    settings: Settings, tasks: Iterable[Task], workers: int
+) -> Generator[tuple[Finished, bool], None, None]:
     """Write shards in ``workers`` processes; at most twice as many tasks are in memory.
 
     Yields:
@@ -188,16 +191,23 @@ def write_shards(settings: Settings, tasks: Iterable[Task], workers: int) -> Ite
         return
     waiting: dict[Future, int] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for task in tasks:
-            done = finished_before(settings.out, task.number)
-            if done is not None:
-                yield done, True
-                continue
-            if len(waiting) >= 2 * workers:
+        try:
+            for task in tasks:
+                done = finished_before(settings.out, task.number)
+                if done is not None:
+                    yield done, True
+                    continue
+                if len(waiting) >= 2 * workers:
+                    yield from ((shard, False) for shard in _results(waiting))
+                with deaf_to_interrupts():  # the pool starts its processes one by one, as they are needed
+                    waiting[pool.submit(write_shard, settings, task)] = task.number
+            while waiting:
                 yield from ((shard, False) for shard in _results(waiting))
-            waiting[pool.submit(write_shard, settings, task)] = task.number
-        while waiting:
-            yield from ((shard, False) for shard in _results(waiting))
+        except (KeyboardInterrupt, GeneratorExit):
+            # A shard may take minutes. Whole ones are kept; what is half written is written anew the next time.
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _results(waiting: dict[Future, int]) -> Iterator[Finished]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig
+from megatron_medgpt.model.experts import expert_products
 from megatron_medgpt.model.freeze import freeze, module_of
 from megatron_medgpt.model.language import engine_config
-from megatron_medgpt.model.medgpt import MedGPT
+from megatron_medgpt.model.medgpt import MedGPT, attention_on
 from megatron_medgpt.model.packed_experts import PackedExperts
 from megatron_medgpt.parallel.plan import Layout
 
@@ -57,14 +58,21 @@ def build_model(
     )  # fmt: skip
     chunks = []
     for chunk in layout.chunks_of(groups.pp.rank()):
-        try:
-            part = MedGPT(model, config, layout=layout, chunk=chunk, groups=groups, kernels=kernels, seed=seed)
-        except ValueError as error:
-            raise UsageError(f"kernels: {error}") from error
+        part = MedGPT(model, config, layout=layout, chunk=chunk, groups=groups, kernels=kernels, seed=seed)
         initialise(part, seed=seed, std=model.language.init_std, groups=groups)
         chunks.append(part)
     freeze(chunks, frozen)
     return chunks
+
+
+def check_kernels(kernels: KernelConfig, model: ModelConfig, device: torch.device) -> None:
+    """Refuse kernels that cannot serve this model or this machine, before anything is made.
+
+    Raises:
+        UsageError: names the field, and what serves.
+    """
+    attention_on(device, kernels)
+    expert_products(kernels.experts, model.language.hidden_size, model.language.expert_hidden_size)
 
 
 @torch.no_grad()

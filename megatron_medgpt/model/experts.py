@@ -146,15 +146,12 @@ def packed_shapes(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[
     return found
 
 
-class GroupedExperts(MegatronModule):
-    """The experts of one rank, in GPT-oss's layout.
+class RankExperts(MegatronModule):
+    """What stands in megatron-core's slot for the experts of one rank, in whatever form they keep their weights.
 
-    Parameters, E the experts of this rank: ``gate_up`` (E, H, 2F) and ``gate_up_bias`` (E, 2F) with columns g0 u0 g1 u1
-    ..., ``down`` (E, F, H), ``down_bias`` (E, H).
-
-    Each carries the marks by which megatron-core reduces and counts it: ``allreduce=False`` (over the expert data
-    group, also with one expert rank), and ``tensor_model_parallel=True``, without which tensor ranks above 0 would be
-    taken for duplicates in the gradient norm.
+    Each parameter carries the marks by which megatron-core reduces and counts it: ``allreduce=False`` (over the expert
+    data group, also with one expert rank), and ``tensor_model_parallel=True``, without which tensor ranks above 0 would
+    be taken for duplicates in the gradient norm.
     """
 
     def __init__(
@@ -164,18 +161,34 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         self.ep_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
         self.num_local_experts = num_local_experts
-        hidden, inner = config.hidden_size, config.moe_ffn_hidden_size
-        device = current_device()
-        made = {"dtype": config.params_dtype, "device": device}
-        self.gate_up = nn.Parameter(torch.empty(num_local_experts, hidden, 2 * inner, **made))
-        self.gate_up_bias = nn.Parameter(torch.empty(num_local_experts, 2 * inner, **made))
-        self.down = nn.Parameter(torch.empty(num_local_experts, inner, hidden, **made))
-        self.down_bias = nn.Parameter(torch.empty(num_local_experts, hidden, **made))
+        self.make_weights(config.hidden_size, config.moe_ffn_hidden_size)
         for parameter in self.parameters():
             parameter.allreduce = False
             mark_slice(parameter, 0)
-        direct = config.expert_gradients in ("auto", "direct")
-        self._mlp = expert_products(config.experts_kernel, hidden, inner, direct=direct)
+
+    def make_weights(self, hidden: int, inner: int) -> None:
+        """Make the parameters and buffers, E first in each, and choose what multiplies them."""
+        raise NotImplementedError
+
+    def empty_parameter(self, *shape: int) -> nn.Parameter:
+        made = {"dtype": self.config.params_dtype, "device": current_device()}
+        return nn.Parameter(torch.empty(self.num_local_experts, *shape, **made))
+
+
+class GroupedExperts(RankExperts):
+    """The experts of one rank, in GPT-oss's layout.
+
+    Parameters, E the experts of this rank: ``gate_up`` (E, H, 2F) and ``gate_up_bias`` (E, 2F) with columns g0 u0 g1 u1
+    ..., ``down`` (E, F, H), ``down_bias`` (E, H).
+    """
+
+    def make_weights(self, hidden: int, inner: int) -> None:
+        self.gate_up = self.empty_parameter(hidden, 2 * inner)
+        self.gate_up_bias = self.empty_parameter(2 * inner)
+        self.down = self.empty_parameter(inner, hidden)
+        self.down_bias = self.empty_parameter(hidden)
+        direct = self.config.expert_gradients in ("auto", "direct")
+        self._mlp = expert_products(self.config.experts_kernel, hidden, inner, direct=direct)
 
     def forward(
         self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int] | RoutedRows, weights_M: Tensor
@@ -241,7 +254,7 @@ def expert_products(name: str, hidden: int, inner: int, *, direct: bool = False)
             (``medgpt_kernels.grouped_mlp.weight_grads``); the plain reference leaves them to autograd.
 
     Raises:
-        ValueError: MXFP4 blocks of 32 do not fit the expert's sizes.
+        UsageError: MXFP4 blocks of 32 do not fit the expert's sizes.
     """
     if name in ("auto", "grouped"):
         return partial(_counted, partial(op.grouped_mlp, direct=direct))
@@ -250,7 +263,9 @@ def expert_products(name: str, hidden: int, inner: int, *, direct: bool = False)
     if name == "mxfp4":
         for size, of in ((hidden, "hidden_size"), (inner, "expert_hidden_size")):
             if size % MX_BLOCK:
-                raise ValueError(f"experts=mxfp4 needs model.language.{of} to divide by {MX_BLOCK}; it is {size}")
+                raise UsageError(
+                    f"kernels.experts=mxfp4 needs model.language.{of} to divide by {MX_BLOCK}; it is {size}"
+                )
         return _mxfp4
     return partial(routed_rows, precision=name, direct=direct)
 

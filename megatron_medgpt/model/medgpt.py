@@ -11,6 +11,7 @@ from medgpt_kernels.cross_entropy.op import cross_entropy as chunked_cross_entro
 from medgpt_kernels.sink_attention import op
 from torch import Tensor
 
+from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig
 from megatron_medgpt.model.attention import RowInfo
 from megatron_medgpt.model.cache import KeyValueCache
@@ -57,7 +58,7 @@ class MedGPT(MegatronModule):
         self.first_layer = layout.layers_of_chunk(chunk).start
         self.tp_group = groups.tp
         device, dtype = current_device(), config.params_dtype
-        self.attention = op.choose(kernels.attention, device)
+        self.attention = attention_on(device, kernels)
         self.kernels = kernels
         self.vision = self.projector = None
         if self.pre_process:
@@ -212,3 +213,15 @@ def token_categories(batch: MedBatch, first: int, end: int) -> Tensor:
 def _clipped(spans: Sequence[ImageSpan], first: int, end: int):
     for run in image_runs(spans, first=first, end=end):
         yield ImageSpan(row=run.row, start=run.start, image=run.image, num_tokens=run.length)
+
+
+def attention_on(device: torch.device, kernels: KernelConfig) -> str:
+    """Implementation of attention that a configuration means on a device.
+
+    Raises:
+        UsageError: the named one cannot serve it.
+    """
+    try:
+        return op.choose(kernels.attention, device)
+    except ValueError as error:
+        raise UsageError(f"kernels.attention={kernels.attention}: {error}") from None

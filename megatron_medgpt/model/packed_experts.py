@@ -16,23 +16,25 @@ from medgpt_kernels.grouped_mlp import routed
 from medgpt_kernels.grouped_mlp.packed import PackedStack, packed_mlp
 from medgpt_kernels.mx import op as mx
 from medgpt_kernels.mx.reference import MX_BLOCK
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.model.attention import mark_slice
-from megatron_medgpt.model.experts import host_counts, packed_shapes, routed_rows, row_index, split_over_experts
+from megatron_medgpt.model.experts import (
+    RankExperts,
+    host_counts,
+    packed_shapes,
+    routed_rows,
+    row_index,
+    split_over_experts,
+)
 from megatron_medgpt.model.fused_dispatch import RoutedRows
-from megatron_medgpt.parallel.platform import current_device, prepare_engine
-
-prepare_engine()
-
-from megatron.core.transformer.module import MegatronModule  # noqa: E402  (after the engine was prepared)
+from megatron_medgpt.parallel.platform import current_device
 
 LEAVES = ("blocks", "scales")
 STACKS = ("gate_up", "down")
 
 
-class PackedExperts(MegatronModule):
+class PackedExperts(RankExperts):
     """The experts of one rank in the place of ``GroupedExperts``: the same rows in and out, no gradients of their own.
 
     Buffers, E the experts of this rank: ``gate_up_blocks`` (E, 2F, H / 32, 16), ``gate_up_scales`` (E, 2F, H / 32),
@@ -40,24 +42,11 @@ class PackedExperts(MegatronModule):
     ``GroupedExperts``.
     """
 
-    def __init__(
-        self, num_local_experts: int, config: Any, pg_collection: Any = None, submodules: Any = None,
-        **_of_other_lines: Any,
-    ):  # fmt: skip
-        super().__init__(config=config)
-        self.ep_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
-        self.num_local_experts = num_local_experts
-        hidden, inner = config.hidden_size, config.moe_ffn_hidden_size
-        device = current_device()
-        for name, shape in packed_shapes(num_local_experts, hidden, inner).items():
-            self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
-        made = {"dtype": config.params_dtype, "device": device}
-        self.gate_up_bias = nn.Parameter(torch.empty(num_local_experts, 2 * inner, **made))
-        self.down_bias = nn.Parameter(torch.empty(num_local_experts, hidden, **made))
-        for parameter in self.parameters():
-            parameter.allreduce = False
-            mark_slice(parameter, 0)
-        self._mlp = packed_products(config.experts_kernel)
+    def make_weights(self, hidden: int, inner: int) -> None:
+        for name, shape in packed_shapes(self.num_local_experts, hidden, inner).items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=current_device()))
+        self.gate_up_bias, self.down_bias = self.empty_parameter(2 * inner), self.empty_parameter(hidden)
+        self._mlp = packed_products(self.config.experts_kernel)
         self._checked = False
 
     def forward(self, rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor) -> tuple[Tensor, None]:

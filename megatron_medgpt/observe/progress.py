@@ -19,6 +19,44 @@ _SMOOTHING = 0.1
 """Weight of the newest step in the running mean of seconds per step."""
 
 
+class Bar:
+    """One bar, redrawn in place on a terminal; elsewhere ``on`` is false and nothing is drawn.
+
+    Args:
+        total: None where it is not known.
+        transient: leave nothing behind at the end.
+    """
+
+    def __init__(
+        self, name: str, *, total: int | None, done: int = 0, stream: TextIO | None = None, transient: bool = False
+    ) -> None:
+        stream = stream or sys.stderr
+        self._bar: RichProgress | None = None
+        if stream.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
+            self._bar = RichProgress(*columns, console=Console(file=stream), refresh_per_second=4, transient=transient)
+            self._task = self._bar.add_task(name, total=total, completed=done, figures="starting")
+            self._bar.start()
+
+    @property
+    def on(self) -> bool:
+        return self._bar is not None
+
+    def update(self, done: int, figures: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=figures)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
 class Progress:
     """Shows where a stage stands. Used by rank 0 alone.
 
@@ -36,16 +74,10 @@ class Progress:
     def __init__(
         self, *, name: str, total_steps: int, done_steps: int = 0, interval: int = 10, stream: TextIO | None = None
     ) -> None:
-        stream = stream or sys.stderr
         self._name, self._total, self._done, self._interval = name, total_steps, done_steps, max(1, interval)
         self._seconds_per_step: float | None = None
         self._last_s = time.monotonic()
-        self._bar: RichProgress | None = None
-        if stream.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
-            self._bar = RichProgress(*columns, console=Console(file=stream), refresh_per_second=4)
-            self._task = self._bar.add_task(name, total=total_steps, completed=done_steps, figures="starting")
-            self._bar.start()
+        self._bar = Bar(name, total=total_steps, done=done_steps, stream=stream)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Take one step's record (see ``MetricsWriter.write``); its ``stage_step`` says how far the stage is."""
@@ -56,22 +88,20 @@ class Progress:
             self._seconds_per_step = seconds
         self._seconds_per_step += _SMOOTHING * (seconds - self._seconds_per_step)
         figures = describe_step(record, remaining_s=self._seconds_per_step * (self._total - self._done))
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, figures=f"{self._done}/{self._total}  {figures}")
+        if self._bar.on:
+            self._bar.update(self._done, f"{self._done}/{self._total}  {figures}")
         elif self._done % self._interval == 0 or self._done == self._total or "validation_loss" in record:
             log.info("%s %d/%d  %s", self._name, self._done, self._total, figures)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+        if self._bar.on:
+            self._bar.say(text)
         else:
             log.info("%s", text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.close()
 
     def __enter__(self) -> Progress:
         return self

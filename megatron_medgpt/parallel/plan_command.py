@@ -21,10 +21,12 @@ from megatron_medgpt.parallel.published import EFFICIENCY
 from megatron_medgpt.parallel.simulate import Disturbance, simulate_step
 
 GIB = 2**30
+ENCODER = "clip-l-14-336"
+"""Preset of the encoder where none is named."""
 
 
 def run_plan(
-    model: str, *, gpus: int, gpu: str = "h200", vision: str = "clip-l-14-336", sequence_length: int = 4096,
+    model: str, *, gpus: int, gpu: str = "h200", vision: str | None = None, sequence_length: int = 4096,
     global_batch_rows: int = 256, images_per_row: float = 4.0, target_share: float = 1.0,
     frozen: Sequence[str] = (), skew: float = 1.0, mxfp4_frozen: bool = False, efficiency: float | None = None,
     keep: int = 5, json: bool = False, out: Path | None = None, plot: Path | None = None,
@@ -34,7 +36,7 @@ def run_plan(
     Args:
         model: a preset of ``config.presets.LANGUAGE``, or a YAML file with a ``model:`` section (a run.yaml will do).
         gpus: how many, all of the kind ``gpu`` (``parallel.hardware.ACCELERATORS``).
-        vision: preset of the encoder, for a language preset.
+        vision: preset of the encoder, for a language preset (``clip-l-14-336`` when not given); a YAML names its own.
         target_share: positions that are targets of the loss; only they pay for the head.
         frozen: modules that do not learn in this stage.
         skew: rows of the busiest expert rank over the mean.
@@ -57,6 +59,8 @@ def run_plan(
     for name in frozen:
         if name not in MODULES:
             raise UsageError(f"--frozen names {name!r}; allowed: {', '.join(MODULES)}")
+    if mxfp4_frozen and "experts" not in frozen:
+        raise UsageError("--mxfp4-frozen packs experts that do not learn; add --frozen experts")
     _check_sequence(config, sequence_length)
     request = Request(
         model=config, num_gpus=gpus, gpu=chip, sequence_length=sequence_length, global_batch_rows=global_batch_rows,
@@ -79,12 +83,15 @@ def run_plan(
     return json_format.dumps(as_tree(plan), indent=1) if json else as_table(plan, title=model)
 
 
-def _model(name: str, vision: str) -> ModelConfig:
+def _model(name: str, vision: str | None) -> ModelConfig:
     if name in LANGUAGE:
+        vision = vision or ENCODER
         if vision not in VISION:
             raise UsageError(f"--vision {vision}: not known; allowed: {', '.join(VISION)}")
         return ModelConfig(language=LANGUAGE[name], vision=VISION[vision])
     if name.endswith((".yaml", ".yml")):
+        if vision is not None:
+            raise UsageError(f"--vision {vision}: {name} names its own encoder (model.vision); leave the option out")
         tree = read_yaml(Path(name))
         if "model" not in tree:
             raise UsageError(f"{name}: no section 'model:'")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_medgpt.config.errors import MedgptError, UsageError
+from megatron_medgpt.config.errors import MedgptError, UsageError, in_one_line
 from megatron_medgpt.config.load import load_run, override_run, to_yaml
 from megatron_medgpt.config.schema import RunConfig, StageConfig
 from megatron_medgpt.data.manifest import MANIFEST, read_manifest
@@ -18,7 +18,7 @@ from megatron_medgpt.evaluate.tasks import TASKS, load_task
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
-from megatron_medgpt.train.marker import write_marker
+from megatron_medgpt.train.marker import NAME, Status, read_status, write_marker
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def _check_dataset(stage: str, folder: Path, words: Tokenizer, config: RunConfig
 
 def train_here(config: RunConfig, *, dry_run: bool) -> int:
     """Train in this process, which is one rank of its world."""
+    from megatron_medgpt.model.build import check_kernels
     from megatron_medgpt.observe.log import say_platform, set_up_log
     from megatron_medgpt.parallel import groups
     from megatron_medgpt.train.stages import run_stages
@@ -138,6 +139,7 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
     world = groups.start()
     try:
         layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
+        check_kernels(config.kernels, config.model, world.device)
         say_platform(f"{world.platform.name}, {config.precision}", layouts, world.size)
         if dry_run:
             from megatron_medgpt.train.dry_run import run_dry
@@ -155,12 +157,33 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
             write_marker(Path(config.out), end.status, step=end.step)
             log.info("%s after step %d; checkpoint %s", end.status, end.step, end.checkpoint)
         return 0
-    except MedgptError as error:
+    except BaseException as error:
         if Path(config.out).is_dir() and not dry_run:
-            write_marker(Path(config.out), "failed", reason=str(error))
+            _note_end(Path(config.out), error)
         raise
     finally:
         groups.stop()
+
+
+def _note_end(out: Path, error: BaseException) -> None:
+    """Let the marker say how a run ended that did not come to its end.
+
+    Every rank may have a word. The first that has failed is the reason; the others only lost their peer.
+    """
+    if isinstance(error, MedgptError):
+        ending: tuple[Status, str | None] = ("failed", str(error))
+    elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        ending = ("failed", in_one_line(error))
+    elif isinstance(error, Exception):
+        ending = ("crashed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+    else:  # a signal outside of the steps
+        ending = ("stopped", None)
+    if ending[0] != "failed" and read_status(out) != "running":
+        return
+    try:
+        write_marker(out, ending[0], reason=ending[1])
+    except OSError as unwritten:  # a full disk, which may be the very reason
+        log.error("%s cannot be written (%s); it says running", out / NAME, in_one_line(unwritten))
 
 
 def keep_tokenizer(source: Path, copy: Path) -> None:

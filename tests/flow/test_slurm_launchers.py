@@ -47,6 +47,12 @@ def test_a_run_that_never_began_is_given_up_though_an_earlier_attempt_had_stoppe
     assert attempt.decide(tmp_path, max_restarts=3)[0] == attempt.GIVE_UP
 
 
+def test_a_run_that_lost_a_peer_is_requeued_with_its_reason(tmp_path):
+    code, reason = ended(tmp_path, "crashed", 10, reason="RuntimeError: Connection closed by peer")
+    assert code == attempt.REQUEUE
+    assert "Connection closed by peer" in reason
+
+
 def test_nothing_is_requeued_for_ever(tmp_path):
     codes = [ended(tmp_path, "running", 10)[0] for _ in range(4)]
     assert codes == [attempt.REQUEUE, attempt.REQUEUE, attempt.REQUEUE, attempt.GIVE_UP]

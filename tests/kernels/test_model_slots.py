@@ -81,7 +81,9 @@ def test_the_fused_dispatcher_needs_experts_that_gather():
 
 
 def test_mxfp4_refuses_sizes_that_are_not_whole_blocks():
-    with pytest.raises(ValueError, match=r"model\.language\.hidden_size to divide by 32; it is 40"):
+    with pytest.raises(
+        UsageError, match=r"kernels\.experts=mxfp4 needs model\.language\.hidden_size to divide by 32; it is 40"
+    ):
         expert_products("mxfp4", 40, 32)
 
 

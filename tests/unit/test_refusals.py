@@ -22,12 +22,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [{"question_id": q["question_id"], "prediction": None, "option_losses": [1.0, 2.0, 3.0, 4.0]}
                for q in json.loads(table.read_text())]  # fmt: skip
     (folder / "losses.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    letters = [{"question_id": answer["question_id"], "prediction": "A"} for answer in answers]
+    (folder / "letters.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in letters))
+    (folder / "empty.json").write_text("{}")
+    (folder / "alone.json").write_text('{"task": "phantoms", "protocol": "letter"}')
+    (folder / "model.yaml").write_text("model: {language: tiny, vision: tiny-clip}\n")
     return folder
 
 
 INGEST = "ingest phantoms/train/captions.jsonl --image-root phantoms/train --tokenizer absent"
 EVAL = "eval phantoms --data phantoms/test --hf a-folder"
 SCORE = "score phantoms --data phantoms/test --predictions losses.jsonl"
+AGAINST = "score phantoms --data phantoms/test --predictions letters.jsonl --protocol letter --out new --against"
+PLAN = "plan --gpus 1 --sequence-length 1024"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,30 @@ SCORE = "score phantoms --data phantoms/test --predictions losses.jsonl"
         (f"{SCORE} --out a-folder", "--out a-folder is a folder"),
         (f"{SCORE} --out a-file/x.json", "a-file is a file"),
         (f"{SCORE} --out new --protocol letter", "--protocol letter"),
+        (f"{EVAL} --out new --concurrency 4", "--concurrency is for --endpoint"),
+        (f"{EVAL} --out new --api-key k", "--api-key is for --endpoint"),
+        (f"{EVAL} --out new --model m", "--model is for --endpoint"),
+        (f"{EVAL} --out new --tokenizer t", "--tokenizer is for --checkpoint"),
+        (f"{EVAL} --out new --sequence-length 8", "--sequence-length is for --checkpoint"),
+        (f"{EVAL} --out new --reader dali", "--reader is for --checkpoint"),
+        (f"{EVAL} --out new --protocol chat-likelihood --max-new-tokens 9", "--max-new-tokens is of written answers"),
+        (
+            "eval phantoms --data phantoms/test --checkpoint absent --out new --reader foo",
+            "--reader foo; allowed: auto",
+        ),
+        ("score phantoms --data phantoms/test --predictions a-folder --out new", "a-folder is a folder"),
+        (f"{AGAINST} empty.json", "--against empty.json is no evaluation file (no 'task' in it)"),
+        (f"{AGAINST} a-file", "--against a-file is no JSON"),
+        (f"{AGAINST} a-folder", "--against a-folder: Is a directory"),
+        (f"{AGAINST} alone.json", "alone.items.jsonl is missing"),
+        (f"{PLAN} --model model.yaml --vision medsiglip-448", "model.yaml names its own encoder"),
+        (f"{PLAN} --model tiny --mxfp4-frozen", "add --frozen experts"),
+        ("convert megatron-to-hf --checkpoint absent --out phantoms", "phantoms exists and is never overwritten"),
+        ("convert megatron-to-hf --checkpoint absent --out a-file/new", "a-file is a file"),
+        ("convert megatron-to-hf --checkpoint absent --out new --scale-rule odd", "--scale-rule odd"),
+        ("convert megatron-to-hf --checkpoint absent --out new --scale-rule even", "needs --dtype mxfp4"),
+        ("convert hf-to-megatron --language absent --out phantoms", "phantoms exists and is never overwritten"),
+        ("convert verify --checkpoint absent --hf absent --no-logits --images", "--no-logits has none"),
         ("chat --hf a-folder --port 99999", "--port 99999"),
         ("chat --hf a-folder --port 0", "--port 0"),
     ],
@@ -64,6 +95,30 @@ def test_a_refusal_is_one_line_and_writes_nothing(
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("medgpt:")]
     assert len(errors) == 1 and said in errors[0]
     assert sorted(made.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian small", "no such command 'trian'; did you mean 'train'? See `medgpt --help`"),
+        ("convert verfy", "no such command 'verfy'; did you mean 'verify'? See `medgpt convert --help`"),
+        ("train small --nprocs 2", "no such option: --nprocs; did you mean --nproc? See `medgpt train --help`"),
+        ("train", "missing argument 'run'; see `medgpt train --help`"),
+        ("ingest table --out new", "missing option '--tokenizer'; see `medgpt ingest --help`"),
+        ("plan --model tiny --gpus many", "invalid value for '--gpus': "),
+        ("plan --model", "option '--model' requires an argument; see `medgpt plan --help`"),
+        ("report run another", "another"),
+        ("doctor --json=yes", "see `medgpt doctor --help`"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line_with_the_mend(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(line.split(), monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("medgpt: error: ") and said in shown.err and "--help`" in shown.err
 
 
 def test_an_empty_question_is_refused_before_the_model_is_opened(
@@ -91,3 +146,13 @@ def _run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     with pytest.raises(SystemExit) as left:
         cli.main()
     return int(left.value.code or 0)
+
+
+def test_a_key_in_the_environment_is_for_other_runs_than_this(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEDGPT_API_KEY", "secret")
+    monkeypatch.chdir(made)
+    assert _run(f"{EVAL} --out new".split(), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "no config.json there" in said and "--api-key" not in said

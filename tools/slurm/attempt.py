@@ -3,10 +3,11 @@
     attempt.py begin --out RUN --max-restarts K      before the ranks start; exit 0: start them, 1: give up
     attempt.py decide --out RUN --max-restarts K     after they have ended; exit 0: done, 10: requeue, 1: give up
 
-A run is requeued when it was stopped (a signal ahead of the time limit or a preemption) or when its ranks are gone
-without a word (a killed process, a lost node). It is given up when it says that it failed, when it never began, or
-after K restarts in a row that brought no new checkpoint. When a node is lost Slurm may end this job's script too and
-requeue it by itself; such a restart is counted when the next attempt begins.
+A run is requeued when it was stopped (a signal ahead of the time limit or a preemption), when it crashed (an error that
+nobody expected, such as a lost peer), or when its ranks are gone without a word (a killed process, a lost node). It is
+given up when it says that it failed, when it never began, or after K restarts in a row that brought no new checkpoint.
+When a node is lost Slurm may end this job's script too and requeue it by itself; such a restart is counted when the
+next attempt begins.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def decide(out: Path, max_restarts: int) -> tuple[int, str]:
     restarts = history["restarts_without_progress"]
     if restarts >= max_restarts:
         return GIVE_UP, f"not requeued: {restarts} restarts in a row without a checkpoint after step {step}"
-    what = "stopped" if status == "stopped" else "ended without a word"
+    what = {"stopped": "stopped", "crashed": f"crashed ({state.get('reason')})"}.get(status, "ended without a word")
     return REQUEUE, f"requeued: {what}; checkpoint of step {step}, {restarts} restart(s) without a new one"
 
 

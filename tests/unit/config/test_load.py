@@ -54,7 +54,7 @@ def test_overrides_address_stages_by_name_and_by_number():
         ("stages.0.frozen=[encoders]", "allowed: encoder"),
         ("stages.0.frozen=[encoder,projector,language,experts,router]", "nothing would learn"),
         ("seed", "section.field=value"),
-        ("stages.9.num_steps=1", "stages.9"),
+        ("stages.9.num_steps=1", "no stage has the number 9; there are 0 (align)"),
         ("model.vision.patch_size_px=0", "model.vision.patch_size_px is 0; it must be greater than 0"),
         ("model.vision.num_attention_heads=0", "model.vision.num_attention_heads is 0"),
         ("model.vision.hidden_size=0", "model.vision.hidden_size is 0"),

@@ -177,7 +177,7 @@ def test_runs_of_another_protocol_or_other_questions_are_not_compared(folder, tm
     fewer = omnimedvqa_folder(tmp_path / "fewer", num_questions=12)
     with pytest.raises(UsageError, match="differ in 4 questions"):
         score("phantoms", fewer, path, "official-qa", against=tmp_path / "a.json")
-    with pytest.raises(UsageError, match="not an evaluation file"):
+    with pytest.raises(UsageError, match="is no JSON; give the file that medgpt eval"):
         score("phantoms", folder, path, "official-qa", against=path)
 
 

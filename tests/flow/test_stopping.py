@@ -1,0 +1,119 @@
+"""Ctrl-C and SIGTERM: one line that says what is kept, no traceback of anybody, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_medgpt.ingest.phantom_study import make_phantoms
+from tests.small_data import picture, small_tokenizer
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def stopped(
+    arguments: list[str], number: int, *, when: Callable[[], bool], folder: Path
+) -> tuple[int, list[str], float]:
+    """Exit code, lines on stderr, and seconds until the end of a command that gets a signal as a terminal sends it: to
+    its whole process group."""
+    command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not when():
+            assert process.poll() is None and time.monotonic() < deadline, "it never came so far"
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        told = time.monotonic()
+        said = process.communicate(timeout=30)[1]
+        return process.returncode, said.splitlines(), time.monotonic() - told
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_ingest_keeps_its_whole_shards_and_continues(tmp_path: Path, number: int) -> None:
+    small_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "red.png").write_bytes(picture("red", np.random.default_rng(0)))
+    rows = [{"image": "red.png", "caption": f"It is red, for the {i}th time."} for i in range(9 * 2048)]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["ingest", "table.jsonl", "--tokenizer", "tokenizer", "--out", "new", "--workers", "2"]
+    first_note = tmp_path / "new" / ".shard-00000.json"
+    code, said, _ = stopped(line, number, when=first_note.exists, folder=tmp_path)
+    assert code == 128 + number
+    said = [text for text in said if not text.startswith("WARNING")]
+    assert len(said) == 1, said
+    assert said[0].startswith(f"medgpt: stopped by {signal.Signals(number).name}; ")
+    assert "finished shards in new are kept, and the same command continues" in said[0]
+    whole = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").glob("shard-00000.*")}
+    if number == signal.SIGTERM:
+        return
+    command = [sys.executable, "-m", "megatron_medgpt.cli", *line]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=90)
+    assert json.loads((tmp_path / "new" / "dataset.json").read_text())["num_samples"] == len(rows)
+    assert all(path.stat().st_mtime_ns == then for path, then in whole.items()), "written anew"
+
+
+class _Slow(BaseHTTPRequestHandler):
+    """Answers the first question at once, and then nobody."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        self._send({"data": [{"id": "slow"}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).asked += 1
+        if type(self).asked > 1:
+            time.sleep(60)
+        self._send({"model": "slow", "choices": [{"message": {"content": "A"}, "finish_reason": "stop"}]})
+
+    def _send(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the output belongs to the test."""
+
+
+@pytest.fixture
+def slow_endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_stopped_evaluation_keeps_its_answers_and_waits_for_no_server(tmp_path: Path, slow_endpoint: str) -> None:
+    make_phantoms(tmp_path / "phantoms", num_train=0, num_test=16, seed=0)
+    answers = tmp_path / "new.answers.jsonl"
+    code, said, seconds = stopped(
+        ["eval", "phantoms", "--data", "phantoms/test", "--endpoint", slow_endpoint, "--out", "new.json"],
+        signal.SIGINT, when=lambda: answers.exists() and answers.stat().st_size > 0, folder=tmp_path,
+    )  # fmt: skip
+    assert code == 128 + signal.SIGINT
+    assert [text for text in said if text.startswith("medgpt:")] == [
+        "medgpt: stopped by SIGINT; the answers so far stand beside new.json, and the same command asks the rest"
+    ]
+    assert "Traceback" not in "\n".join(said)
+    assert len(answers.read_text().splitlines()) == 1
+    assert seconds < 20

@@ -1,0 +1,64 @@
+"""``state.json`` says how a run ended, however that was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.schema import KernelConfig, RunConfig
+from megatron_medgpt.train import command, stages
+from megatron_medgpt.train.marker import write_marker
+from tests.small_data import small_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return small_run(tmp_path_factory.mktemp("ends"))
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (OSError(28, "No space left on device", "x.bin"), ("failed", "x.bin: No space left on device")),
+        (WorkError("step 3: loss is not finite"), ("failed", "step 3: loss is not finite")),
+        (RuntimeError("Connection closed\nby peer"), ("crashed", "RuntimeError: Connection closed by peer")),
+        (ConnectionResetError(104, "reset"), ("crashed", "ConnectionResetError: [Errno 104] reset")),
+        (KeyboardInterrupt(), ("stopped", None)),
+    ],
+)
+def test_an_ending_is_recorded_with_its_reason(
+    run: RunConfig, error: BaseException, state: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object) -> None:
+        assert _state(run)["status"] == "running"
+        raise error
+
+    monkeypatch.setattr(stages, "run_stages", end)
+    with pytest.raises(type(error)):
+        command.train_here(run, dry_run=False)
+    status, reason = state
+    assert _state(run) == {"status": status} | ({} if reason is None else {"reason": reason})
+
+
+def test_the_first_failure_is_the_reason_and_not_what_it_brought_about(tmp_path: Path) -> None:
+    write_marker(tmp_path, "failed", reason="rank 1: the disk is full")
+    command._note_end(tmp_path, RuntimeError("rank 0: Connection closed by peer"))
+    command._note_end(tmp_path, KeyboardInterrupt())
+    assert json.loads((tmp_path / "state.json").read_text())["reason"] == "rank 1: the disk is full"
+
+
+def test_a_kernel_that_cannot_serve_the_machine_is_refused_before_anything_is_written(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    config = replace(run, out=str(tmp_path / "new"), kernels=KernelConfig(attention="flex"))
+    with pytest.raises(UsageError, match=r"kernels\.attention=flex: .* set it to auto"):
+        command.train_here(config, dry_run=False)
+    assert not (tmp_path / "new").exists()
+
+
+def _state(run: RunConfig) -> dict:
+    return json.loads((Path(run.out) / "state.json").read_text())

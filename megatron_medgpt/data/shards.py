@@ -3,7 +3,8 @@
     dataset.json                 counts, tokenizer fingerprint, store, shards with size and sha256 of every file
     shard-NNNNN.text.{bin,idx}   int32, one document of three sequences per sample:
                                  token ids | target spans as start, end, start, end ... |
-                                 [modality, number of images, first image of the sample in this shard, store kind]
+                                 [modality, number of images, first image of the sample in this shard, store kind,
+                                 body part, view, laterality] (the last three not in schema 1)
     shard-NNNNN.image.{bin,idx}  uint8, one sequence per image: JPEG or PNG bytes, or a pixel record (see pack_pixels)
     shard-NNNNN.ids              33 bytes per sample: 32 hexadecimal digits and a line feed
     rejects.jsonl                what was refused and why, by record number
@@ -19,6 +20,7 @@ import os
 import re
 import struct
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,7 @@ import numpy as np
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
 from megatron_medgpt.data.manifest import (
+    LISTED,
     MANIFEST,
     STORE_KINDS,
     TOKENIZER,
@@ -41,8 +44,17 @@ from megatron_medgpt.data.manifest import (
     sha256_of,
     shard_name,
 )
-from megatron_medgpt.types import MODALITIES
+from megatron_medgpt.types import BODY_PARTS, LATERALITIES, MODALITIES, VIEWS
 
+_FACTS = (7, 4)
+"""How many facts a sample has: today, and in schema 1."""
+_NAMES = {
+    "modalities": (0, MODALITIES),
+    "body_parts": (4, BODY_PARTS),
+    "views": (5, VIEWS),
+    "lateralities": (6, LATERALITIES),
+}
+"""Count in the manifest -> where it stands among the facts, and the names of its values."""
 _ID_BYTES = 33
 _ID = re.compile(rb"[0-9a-f]{32}\n")
 _PIXEL_HEADER = struct.Struct("<4sHHB3x")
@@ -95,7 +107,7 @@ class ShardWriter:
         self._image = IndexedWriter(Path(f"{self._prefix}.image"), "uint8")
         self._ids: list[str] = []
         self._num_tokens = self._num_targets = 0
-        self._modalities: dict[str, int] = {}
+        self._counts: dict[str, Counter[str]] = {listed: Counter() for listed in LISTED}
 
     def add_images(self, images: Sequence[bytes]) -> int:
         """Append images (encoded bytes or pixel records) and return the number of the first in this shard."""
@@ -114,16 +126,23 @@ class ShardWriter:
         modality: int,
         num_images: int,
         first_image: int,
+        body_part: int = 0,
+        view: int = 0,
+        laterality: int = 0,
     ) -> None:
         """Append one sample whose images ``add_images`` has written. ``sample_id``: 32 hexadecimal digits."""
         self._text.add(token_ids)
         self._text.add(np.asarray(target_spans, np.int32).reshape(-1))
-        self._text.add(np.asarray([modality, num_images, first_image, STORE_KINDS[self.store.kind]], np.int32))
+        kind = STORE_KINDS[self.store.kind]
+        facts = [modality, num_images, first_image, kind, body_part, view, laterality]
+        self._text.add(np.asarray(facts, np.int32))
         self._text.end_document()
         self._ids.append(f"{sample_id:>032s}\n")
         self._num_tokens += len(token_ids)
         self._num_targets += sum(end - start for start, end in target_spans)
-        self._modalities[MODALITIES[modality]] = self._modalities.get(MODALITIES[modality], 0) + 1
+        for listed, (place, names) in _NAMES.items():
+            if listed == "modalities" or facts[place]:
+                self._counts[listed][names[facts[place]]] += 1
 
     def close(self) -> ShardFacts:
         """Complete the shard and return its entry for the manifest."""
@@ -151,7 +170,8 @@ class ShardWriter:
                 partial.unlink()
         return ShardFacts(
             name=self.name, num_samples=len(self._ids), num_images=num_images, num_tokens=self._num_tokens,
-            num_targets=self._num_targets, modalities=dict(sorted(self._modalities.items())), files=files,
+            num_targets=self._num_targets, files=files,
+            **{listed: dict(sorted(counts.items())) for listed, counts in self._counts.items()},
         )  # fmt: skip
 
 
@@ -175,6 +195,7 @@ class _Shard:
         self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
         self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
         self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r").view(np.ndarray)
+        self.num_facts = int(self.text.lengths[2]) if len(self.text) > 2 else 0
         self._check(facts, folder)
         self.num_images = self._meta(1)
         self.token_lengths = self.text.lengths[0::3]
@@ -186,18 +207,25 @@ class _Shard:
             and np.array_equal(self.text.boundaries, np.arange(0, len(self.text) + 1, 3))
             and len(self.ids) == facts.num_samples
             and (0 if self.image is None else len(self.image)) == facts.num_images
-            and (self.text.lengths[2::3] == 4).all()
+            and self.num_facts in _FACTS
+            and (self.text.lengths[2::3] == self.num_facts).all()
             and (self.text.lengths[1::3] % 2 == 0).all()
         )
         if not whole:
             raise WorkError(f"{at}: its samples are not token ids, target spans and facts; restore it or ingest again")
-        modality, count, first = self._meta(0), self._meta(1), self._meta(2)
+        count, first = self._meta(1), self._meta(2)
         if (
-            ((modality < 0) | (modality >= len(MODALITIES))).any()
+            any(self._is_off(place, names) for place, names in _NAMES.values() if place < self.num_facts)
             or ((count < 0) | (first < 0)).any()
             or (first.astype(np.int64) + count > facts.num_images).any()
         ):
-            raise WorkError(f"{at}: a sample names an image or modality that is not there; restore it or ingest again")
+            raise WorkError(
+                f"{at}: a sample names an image, modality or body part that is not there; restore it or ingest again"
+            )
+
+    def _is_off(self, place: int, names: Sequence[str]) -> bool:
+        values = self._meta(place)
+        return bool(((values < 0) | (values >= len(names))).any())
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Token ids, target spans and facts of a sample, which lie one behind the other."""
@@ -276,9 +304,15 @@ class Dataset:
 
     def __getitem__(self, number: int) -> StoredSample:
         number_of_shard, shard, row = self._locate(number)
-        token_ids, target_spans, (modality, num_images, first, _) = shard.row(row)
+        token_ids, target_spans, (modality, num_images, first, *_) = shard.row(row)
         keys = tuple((number_of_shard, first + k) for k in range(num_images))
         return StoredSample(token_ids, target_spans, modality, keys, shard.sample_id(row))
+
+    def described(self, number: int) -> tuple[str, ...]:
+        """What is known of a sample's images, by name: modality, body part, view, laterality."""
+        _, shard, row = self._locate(number)
+        facts = shard.row(row)[2]
+        return tuple(names[facts[place]] for place, names in _NAMES.values() if place < len(facts) and facts[place] > 0)
 
     def image(self, key: tuple[int, int]) -> np.ndarray:
         """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""

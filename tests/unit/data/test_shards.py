@@ -12,7 +12,7 @@ from png_examples import png_of
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data import shards
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
-from megatron_medgpt.data.manifest import Store, read_manifest, write_manifest
+from megatron_medgpt.data.manifest import Store, read_manifest, sha256_of, write_manifest
 from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels, verify
 
 
@@ -261,3 +261,59 @@ def test_more_shards_than_are_kept_open_are_read_all_the_same(write_dataset, mon
     order = np.random.default_rng(0).permutation(40).tolist() * 2
     assert [int(dataset[number].sample_id, 16) for number in order] == order
     assert len(dataset._shards) <= 2
+
+
+def as_schema_1(folder):
+    """The dataset as it was written before body part, view and laterality: four facts a sample, no counts of them."""
+    manifest = json.loads((folder / "dataset.json").read_text())
+    for shard in manifest["shards"]:
+        new = IndexedFile(folder / f"{shard['name']}.text", "int32")
+        old = IndexedWriter(folder / "old", "int32")
+        for number in range(len(new)):
+            old.add(new[number][:4] if number % 3 == 2 else new[number])
+            if number % 3 == 2:
+                old.end_document()
+        old.close()
+        for ending in ("bin", "idx"):
+            name = f"{shard['name']}.text.{ending}"
+            (folder / f"old.{ending}").replace(folder / name)
+            shard["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    for facts in (manifest, *manifest["shards"]):
+        for listed in ("body_parts", "views", "lateralities"):
+            del facts[listed]
+    manifest |= {"schema": 1, "seal": ""}
+    (folder / "dataset.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def test_a_dataset_of_schema_1_is_read_as_it_was(write_dataset):
+    new, old = Dataset(write_dataset("new")), Dataset(as_schema_1(write_dataset("old")))
+    assert list(verify(old.folder)) == []
+    assert old.manifest.modalities == new.manifest.modalities
+    assert old.manifest.body_parts == {}
+    for number in range(len(new)):
+        assert old.described(number) == new.described(number)
+        for field in ("modality", "image_keys", "sample_id"):
+            assert getattr(old[number], field) == getattr(new[number], field)
+        np.testing.assert_array_equal(old[number].token_ids, new[number].token_ids)
+        np.testing.assert_array_equal(old[number].target_spans_flat, new[number].target_spans_flat)
+
+
+def test_a_later_schema_is_refused(write_dataset):
+    folder = write_dataset()
+    content = (folder / "dataset.json").read_text().replace('"schema": 2', '"schema": 3')
+    (folder / "dataset.json").write_text(content)
+    with pytest.raises(UsageError, match="schema 3, this version reads 1 and 2"):
+        Dataset(folder)
+
+
+@pytest.mark.parametrize("place", [4, 5, 6])
+def test_a_body_part_view_or_side_that_is_on_no_list_is_a_damaged_shard(write_dataset, place):
+    folder = write_dataset(num_samples=3)
+    text = IndexedFile(folder / "shard-00000.text", "int32")
+    at = int(text.pointers[2]) + 4 * place
+    content = bytearray((folder / "shard-00000.text.bin").read_bytes())
+    content[at : at + 4] = (99).to_bytes(4, "little")
+    (folder / "shard-00000.text.bin").write_bytes(content)
+    with pytest.raises(WorkError, match="that is not there"):
+        Dataset(folder)[0]

@@ -20,8 +20,9 @@ from rich.table import Table
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import LISTED, TOKENIZER
 from megatron_medgpt.data.pack import best_fit_decreasing
-from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels, verify
+from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels
 from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.data.verify import verify
 
 _TILE_PX, _TEXT_PX, _LINE_PX, _COLUMNS = 224, 620, 14, 100
 _LEGEND = {"prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here"}

@@ -13,7 +13,8 @@ from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data import shards
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
 from megatron_medgpt.data.manifest import Store, read_manifest, sha256_of, write_manifest
-from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels, verify
+from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels
+from megatron_medgpt.data.verify import verify
 
 
 def test_megatron_core_reads_what_is_written_here(write_dataset):

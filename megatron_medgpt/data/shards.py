@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import struct
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -57,6 +59,8 @@ _PIXEL_HEADER = struct.Struct("<4sHHB3x")
 _PIXEL_MAGIC = b"MGPX"
 _MOST_OPEN_SHARDS = 8192
 """Five mapped files each; Linux allows a process 65,530 mappings (vm.max_map_count)."""
+_MAPS_OF_A_SHARD = 5
+_OTHER_FILES = 512
 _MOST_OPEN_FILES = 256
 """Pixel files; many systems allow a process 1024 open files."""
 
@@ -257,6 +261,18 @@ class _Shard:
         return self.text.items[self.text.pointers[2::3] // 4 + which]
 
 
+def _room_for_shards(count: int) -> int:
+    """How many of ``count`` shards may be open. Python's maps keep their file's descriptor, and many systems allow a
+    process 1,024 (204 shards) until it asks for more, which every process may up to the hard limit."""
+    soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    most = min(count, _MOST_OPEN_SHARDS)
+    wanted = min(hard, soft + _MAPS_OF_A_SHARD * most)  # beside those of the other datasets of a blend
+    if soft < _OTHER_FILES + _MAPS_OF_A_SHARD * most and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        soft = wanted
+    return max(1, min(most, (soft - _OTHER_FILES) // _MAPS_OF_A_SHARD))
+
+
 class Dataset:
     """An open dataset folder with random access.
 
@@ -281,6 +297,7 @@ class Dataset:
             raise UsageError(f"{folder} holds no samples ({self.manifest.num_records} records, all rejected)")
         for facts in self.manifest.shards:
             _check_sizes(self.folder, facts)
+        self._most_open = _room_for_shards(len(self.manifest.shards))
         self._shards: dict[int, _Shard] = {}
         self._image_files: dict[int, BinaryIO] = {}
         self._firsts = list(accumulate((facts.num_samples for facts in self.manifest.shards), initial=0))
@@ -303,7 +320,7 @@ class Dataset:
         shard = self._shards.get(number)
         if shard is None:
             shard = _Shard(self.folder, self.manifest.shards[number])
-            if len(self._shards) >= _MOST_OPEN_SHARDS:
+            if len(self._shards) >= self._most_open:
                 self._shards.pop(next(iter(self._shards)), None)
             self._shards[number] = shard
         return shard

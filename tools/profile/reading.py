@@ -44,7 +44,7 @@ SPEC = ImageSpec(
     size_px=336, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), num_tokens=576
 )
 BATCH = 16
-PASSES = 16
+PASSES = 128
 """Over the pixel shard, where it is read and nothing else is done: one takes milliseconds."""
 NEEDS = {"webdataset": "webdataset", "energon": "megatron.energon", "datasets": "datasets"}
 
@@ -224,11 +224,11 @@ def measure(work: Path, name: str) -> dict[str, float]:
 
 
 def share_of_raw(work: Path) -> dict[str, float]:
-    """Raw read time over the time of records, in CPU seconds of one process: median, least and most of 41 pairs."""
+    """Raw read time over the time of records, in CPU seconds of one process: median, least and most of 11 pairs."""
     for side in (copy, records):
         sum(side(work))
     ratios = []
-    for _ in range(41):
+    for _ in range(11):
         used = []
         for side in (copy, records):
             began = time.process_time()

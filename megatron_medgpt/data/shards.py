@@ -23,7 +23,7 @@ import struct
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -306,15 +306,19 @@ class Dataset:
     @cached_property
     def token_lengths(self) -> np.ndarray:
         """int32 (samples,): tokens of each sample, an image counted as one."""
-        return np.concatenate([shard.token_lengths for shard in self._every_shard()])
+        return self._joined(lambda shard: shard.token_lengths)
 
     @cached_property
     def num_images(self) -> np.ndarray:
         """int32 (samples,): images of each sample."""
-        return np.concatenate([shard.num_images for shard in self._every_shard()])
+        return self._joined(lambda shard: shard.num_images)
 
-    def _every_shard(self) -> Iterator[_Shard]:
-        return (self._shard(n) for n, facts in enumerate(self.manifest.shards) if facts.num_samples)
+    def _joined(self, numbers: Callable[[_Shard], np.ndarray]) -> np.ndarray:
+        out = np.empty(len(self), np.int32)
+        for number, facts in enumerate(self.manifest.shards):
+            if facts.num_samples:  # copied at once: a view would keep its shard's files open
+                out[self._firsts[number] : self._firsts[number + 1]] = numbers(self._shard(number))
+        return out
 
     def _shard(self, number: int) -> _Shard:
         shard = self._shards.get(number)

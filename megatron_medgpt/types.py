@@ -29,6 +29,25 @@ MODALITIES: tuple[str, ...] = (
 )  # fmt: skip
 """Imaging modalities by the integer that shards and batches carry. Append only: shards hold the index."""
 
+BODY_PARTS: tuple[str, ...] = (
+    "unknown", "several", "whole-body", "head", "brain", "face", "eye", "ear", "mouth", "neck", "head-and-neck",
+    "chest", "lung", "heart", "breast", "chest-and-abdomen", "abdomen", "liver", "gallbladder", "pancreas", "spleen",
+    "kidney", "stomach", "bowel", "abdomen-and-pelvis", "chest-abdomen-pelvis", "pelvis", "bladder", "prostate",
+    "uterus", "spine", "shoulder", "upper-arm", "elbow", "forearm", "wrist", "hand", "upper-limb", "hip", "thigh",
+    "knee", "lower-leg", "ankle", "foot", "lower-limb", "skin", "vessel",
+)  # fmt: skip
+"""Parts of the body that shards may name. Append only, as all lists here."""
+
+VIEWS: tuple[str, ...] = (
+    "unknown", "several", "ap", "pa", "frontal", "lateral", "left-lateral", "right-lateral", "left-decubitus",
+    "right-decubitus", "oblique", "left-anterior-oblique", "right-anterior-oblique", "left-posterior-oblique",
+    "right-posterior-oblique", "axial", "coronal", "sagittal", "craniocaudal", "mediolateral-oblique", "mediolateral",
+    "lateromedial", "lateromedial-oblique",
+)  # fmt: skip
+"""Directions from which a picture was taken."""
+
+LATERALITIES: tuple[str, ...] = ("unknown", "several", "left", "right", "both", "unpaired")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSpan:
@@ -122,4 +141,8 @@ class Sample:
     images: tuple[bytes, ...] = field(default_factory=tuple)
     """Encoded bytes (JPEG, PNG), one per mark in ``token_ids``, in order."""
     modality: int = 0
+    body_part: int = 0
+    """Index into ``BODY_PARTS``; ``view`` and ``laterality`` likewise."""
+    view: int = 0
+    laterality: int = 0
     meta: dict[str, str] = field(default_factory=dict)

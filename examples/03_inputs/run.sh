@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every kind of input, ingested, trained on for ten steps with a stop in between. Usage: run.sh [FOLDER [INPUT...]].
+# Every kind of input, ingested and trained on for ten steps, with a stop on the way. Usage: run.sh [FOLDER [INPUT...]].
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-work/inputs}
@@ -36,8 +36,12 @@ for input in "${inputs[@]}"; do
   esac
 done
 
-data=$(printf '{path: data/%s},' "${inputs[@]}")
-train=(medgpt train "$here/run.yaml" "stages.mixed.data=[${data%,}]")
+# One stage of ten steps for each input.
+stages=
+for input in "${inputs[@]}"; do
+  stages+="{name: $input, data: [{path: data/$input}], num_steps: 10, sequence_length: 256, global_batch_rows: 2},"
+done
+train=(medgpt train "$here/run.yaml" "stages=[${stages%,}]")
 "${train[@]}" &
 running=$!
 until [ -s run/metrics.jsonl ] || ! kill -0 $running 2>/dev/null; do sleep 0.1; done

@@ -44,6 +44,7 @@ class DaliDecoder:
         resize_in_dali: bool | None = None,
     ) -> None:
         self._spec, self._device, self._device_id, self._num_threads = spec, device, device_id, num_threads
+        self.name = "DALI on the CPU" if device == "cpu" else f"DALI on GPU {device_id}"
         self._in_dali = device != "cpu" if resize_in_dali is None else resize_in_dali
         self._pipeline = self._build()
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.manifest import TOKENIZER
+from megatron_medgpt.data.manifest import LISTED, TOKENIZER
 from megatron_medgpt.data.pack import best_fit_decreasing
-from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels, verify
+from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels
 from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.data.verify import verify
 
 _TILE_PX, _TEXT_PX, _LINE_PX, _COLUMNS = 224, 620, 14, 100
 _LEGEND = {"prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here"}
@@ -76,7 +77,8 @@ def facts_of(dataset: Dataset, sequence_length: int, tokens_per_image: int) -> d
     quantiles = np.percentile(dataset.token_lengths, (0, 50, 99, 100), method="lower").astype(int).tolist()
     return {
         "folder": dataset.folder.name, "samples": len(dataset), "images": manifest.num_images,
-        "text_tokens": manifest.num_tokens, "targets": manifest.num_targets, "modalities": manifest.modalities,
+        "text_tokens": manifest.num_tokens, "targets": manifest.num_targets,
+        **{name: getattr(manifest, name) for name in LISTED},
         "text_tokens_per_sample": dict(zip(("least", "median", "p99", "most"), quantiles)),
         "most_images_per_sample": int(dataset.num_images.max()),
         "packing": {
@@ -107,7 +109,11 @@ def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
         "samples": f"{facts['samples']:,} from {facts['records']:,} records",
         "rejects": ", ".join(f"{count} {reason}" for reason, count in facts["rejects"].items()) or "none",
         "images": f"{facts['images']:,} ({store['kind']}), at most {facts['most_images_per_sample']} in a sample",
-        "modalities": ", ".join(f"{name} {count:,}" for name, count in facts["modalities"].items()),
+        **{
+            name.replace("_", " "): ", ".join(f"{value} {count:,}" for value, count in facts[name].items())
+            or "not stated"
+            for name in LISTED
+        },
         "licences": ", ".join(f"{name} {count:,}" for name, count in facts["licences"].items()) or "not stated",
         "noticed": ", ".join(f"{count:,} {note}" for note, count in facts["notes"].items()) or "nothing",
         "text tokens": f"{facts['text_tokens']:,}, {facts['targets']:,} of them targets",
@@ -146,7 +152,8 @@ def draw_samples(dataset: Dataset, count: int) -> Image.Image:
 
 
 def _draw_sample(dataset: Dataset, sample: StoredSample, number: int, tokenizer: Tokenizer | None) -> Image.Image:
-    lines = [("prompt", f"sample {number}  id {sample.sample_id[:12]}  {sample.token_ids.size} tokens")]
+    known = ", ".join(dataset.described(number))
+    lines = [("prompt", f"sample {number}  id {sample.sample_id[:12]}  {sample.token_ids.size} tokens  {known}")]
     for kind, text in _pieces(sample, dataset.image_mark_id, tokenizer):
         lines += [(kind, line) for line in textwrap.wrap(text, _COLUMNS) or [""]]
     images = [_picture(dataset, key) for key in sample.image_keys[:4]]

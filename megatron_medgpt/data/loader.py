@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError
@@ -53,6 +54,7 @@ def open_stage(
     rows_per_step: int = 1,
     augment: AugmentConfig | None = None,
     plans_folder: Path | None = None,
+    device: torch.device | None = None,
 ) -> StageData:
     """Open the datasets of a stage.
 
@@ -64,6 +66,7 @@ def open_stage(
             rows that data-parallel ranks work on at one time hold about the same number.
         augment: changes of pictures; None shows them as they are.
         plans_folder: where plans of large epochs are kept for other ranks and later runs.
+        device: of this rank; where it is a GPU, DALI decodes there. Batches come on the CPU all the same.
 
     Raises:
         UsageError: a folder is no dataset, of another tokenizer, stored for another encoder, or has samples that do
@@ -74,7 +77,7 @@ def open_stage(
     return StageData(
         datasets, [entry.weight for entry in blend], image=image, sequence_length=sequence_length, seed=seed,
         reader=reader, drop_over_long=drop_over_long, cache_bytes=cache_bytes, rows_per_step=rows_per_step,
-        augment=augment, plans_folder=plans_folder,
+        augment=augment, plans_folder=plans_folder, device=device,
     )  # fmt: skip
 
 
@@ -95,6 +98,7 @@ class StageData:
         rows_per_step: int,
         augment: AugmentConfig | None,
         plans_folder: Path | None,
+        device: torch.device | None,
     ) -> None:
         self._datasets = datasets
         self.sequence_length, self.seed, self.image = sequence_length, seed, image
@@ -124,7 +128,7 @@ class StageData:
         """Rows of epoch 0; every epoch has as many when the weights are whole numbers."""
         if self.num_rows_per_epoch == 0:
             raise UsageError("no sample is left for this stage; raise the weights of its data or sequence_length")
-        self.pixels = PixelSource(image, reader, cache_bytes) if image else None
+        self.pixels = PixelSource(image, reader, cache_bytes, device) if image else None
 
     def _check_images(self, image: ImageSpec | None) -> None:
         for dataset in self._datasets:

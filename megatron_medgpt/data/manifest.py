@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: shards name body part, view and laterality of a sample. 1, which does not, is read as well."""
+_READ_SCHEMAS = (1, SCHEMA)
 STORE_KINDS = {"encoded": 1, "pixels": 2}
 MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.json"
@@ -43,6 +46,10 @@ class ShardFacts:
     modalities: dict[str, int]
     files: dict[str, dict[str, Any]]
     """File name -> {"bytes", "sha256"}."""
+    body_parts: dict[str, int] = field(default_factory=dict)
+    """Samples by body part; those of which none is known are not listed, here and in the next two."""
+    views: dict[str, int] = field(default_factory=dict)
+    lateralities: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,7 @@ class Manifest:
     """Text tokens, an image counted as one mark."""
     num_targets: int
     modalities: dict[str, int]
+    """Samples by modality, ``unknown`` among them."""
     tokenizer: dict[str, Any]
     """{"sha256", "vocab_size", "image_mark_id"} of the tokenizer that made the token ids."""
     store: Store
@@ -66,6 +74,10 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Files of no shard (rejects.jsonl, tokenizer.json) -> {"bytes", "sha256"}."""
+    body_parts: dict[str, int] = field(default_factory=dict)
+    views: dict[str, int] = field(default_factory=dict)
+    lateralities: dict[str, int] = field(default_factory=dict)
+    """See ``ShardFacts``, as for the two before."""
     seal: str = ""
     """sha256 of this file with 64 zeros in place of the seal; datasets of before have none."""
 
@@ -118,14 +130,10 @@ def write_manifest(
 
     It is sealed with its own sha256 and that of ``rejects.jsonl`` and ``tokenizer.json``, where they lie in the folder.
     """
-    modalities: dict[str, int] = {}
-    for shard in shards:
-        for name, count in shard.modalities.items():
-            modalities[name] = modalities.get(name, 0) + count
     manifest = Manifest(
         num_samples=sum(s.num_samples for s in shards), num_images=sum(s.num_images for s in shards),
         num_tokens=sum(s.num_tokens for s in shards), num_targets=sum(s.num_targets for s in shards),
-        modalities=dict(sorted(modalities.items())), tokenizer=tokenizer, store=store, shards=tuple(shards),
+        **{name: added_up(shards, name) for name in LISTED}, tokenizer=tokenizer, store=store, shards=tuple(shards),
         num_records=num_records, rejects=dict(sorted(rejects.items())), provenance=provenance,
         files={
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
@@ -137,6 +145,18 @@ def write_manifest(
     seal = hashlib.sha256(content).hexdigest()
     _write(folder / MANIFEST, _sealed(content, seal))
     return replace(manifest, seal=seal)
+
+
+LISTED = ("modalities", "body_parts", "views", "lateralities")
+"""Counts of samples that every shard has."""
+
+
+def added_up(shards: Sequence[ShardFacts], listed: str) -> dict[str, int]:
+    """One of ``LISTED`` over all shards."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(getattr(shard, listed))
+    return dict(sorted(counts.items()))
 
 
 def _sealed(content: bytes, seal: str) -> bytes:
@@ -163,8 +183,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         content = path.read_bytes()
         raw = json.loads(content)
-        if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
-            raise UsageError(f"{folder} has schema {raw.get('schema')!r}, this version reads {SCHEMA}; ingest it again")
+        if isinstance(raw, dict) and raw.get("schema") not in _READ_SCHEMAS:
+            known = " and ".join(map(str, _READ_SCHEMAS))
+            raise UsageError(f"{folder} has schema {raw.get('schema')!r}, this version reads {known}; ingest it again")
         shards = tuple(ShardFacts(**shard) for shard in raw.pop("shards"))
         store = raw.pop("store")
         manifest = Manifest(**raw, shards=shards, store=Store(**{**store, "pad_rgb": tuple(store["pad_rgb"])}))
@@ -196,7 +217,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"shard {number} has unexpected file names")
         if not all(isinstance(entry["sha256"], str) for entry in shard.files.values()):
             raise ValueError(f"shard {number} has a sha256 that is no text")
-        numbers += [entry["bytes"] for entry in shard.files.values()] + list(shard.modalities.values())
+        numbers += [entry["bytes"] for entry in shard.files.values()]
+        numbers += [count for name in LISTED for count in getattr(shard, name).values()]
     for field_name in ("num_samples", "num_images", "num_tokens", "num_targets"):
         counts = [getattr(shard, field_name) for shard in manifest.shards]
         numbers += [*counts, getattr(manifest, field_name)]
@@ -205,7 +227,10 @@ def _check(manifest: Manifest) -> None:
     if not set(manifest.files) <= {REJECTS, TOKENIZER}:
         raise ValueError("a file is listed that belongs to no dataset")
     numbers += [entry["bytes"] for entry in manifest.files.values()]
-    numbers += [manifest.num_records, *manifest.modalities.values(), *manifest.rejects.values()]
+    numbers += [manifest.num_records, *manifest.rejects.values()]
+    for name in LISTED:
+        if getattr(manifest, name) != added_up(manifest.shards, name):
+            raise ValueError(f"{name} are not the sum over the shards")
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a count is not a whole number")
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, Protocol
 
@@ -23,12 +24,16 @@ from megatron_medgpt.data.shards import unpack_pixels
 from megatron_medgpt.data.square import pad_rgb, square
 from megatron_medgpt.types import ImageSpec
 
+log = logging.getLogger(__name__)
 Reader = Literal["auto", "dali", "pillow"]
 Fetch = Callable[[Hashable], tuple[str, np.ndarray | Callable[[np.ndarray], None]]]
 
 
 class Decoder(Protocol):
     """Turns encoded images into square 8-bit pixels."""
+
+    name: str
+    """For logs."""
 
     def decode(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 (I, size, size, 3) of I encoded images (uint8 arrays of JPEG or PNG bytes).
@@ -41,6 +46,8 @@ class Decoder(Protocol):
 
 class PillowDecoder:
     """The reference decoder, one image at a time on one core."""
+
+    name = "Pillow"
 
     def __init__(self, spec: ImageSpec) -> None:
         self._spec = spec
@@ -59,22 +66,34 @@ class PillowDecoder:
         return out
 
 
-def make_decoder(reader: Reader, spec: ImageSpec) -> Decoder:
-    """The decoder of a run. ``auto`` is DALI where it is installed, else Pillow.
+def chosen_decoder(
+    reader: Reader, device: torch.device | None, dali_installed: bool
+) -> Literal["pillow", "cpu", "mixed"]:
+    """Pillow, DALI on the CPU, or DALI with the decoder of the rank's GPU (``mixed``).
+
+    ``auto`` is DALI where it is installed, else Pillow; DALI decodes on the GPU where there is one.
 
     Raises:
         UsageError: unknown name, or ``dali`` where DALI is not installed.
     """
     if reader not in IMAGE_READERS:
         raise UsageError(f"image_reader={reader!r}; allowed: {', '.join(IMAGE_READERS)}")
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if reader == "dali" and not installed:
+    if reader == "dali" and not dali_installed:
         raise UsageError("image_reader=dali, but DALI is not installed; pip install '.[dali]', or set auto or pillow")
-    if reader == "pillow" or not installed:
+    if reader == "pillow" or not dali_installed:
+        return "pillow"
+    return "mixed" if device is not None and device.type == "cuda" else "cpu"
+
+
+def make_decoder(reader: Reader, spec: ImageSpec, device: torch.device | None = None) -> Decoder:
+    """The decoder of a run; see ``chosen_decoder``."""
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    chosen = chosen_decoder(reader, device, installed)
+    if chosen == "pillow":
         return PillowDecoder(spec)
     from megatron_medgpt.data.dali import DaliDecoder
 
-    return DaliDecoder(spec)
+    return DaliDecoder(spec, device=chosen, device_id=device.index if device and chosen == "mixed" else None)
 
 
 class PixelSource:
@@ -82,11 +101,21 @@ class PixelSource:
 
     Nothing is thrown out when the cache is full: every image is wanted once an epoch, in a new order, so an image that
     stays serves as often as any that could take its place.
+
+    Args:
+        device: of the rank; DALI decodes there if it is a GPU. Pixels come back to the host all the same.
     """
 
-    def __init__(self, spec: ImageSpec, reader: Reader = "auto", cache_bytes: int = 1 << 29) -> None:
+    def __init__(
+        self,
+        spec: ImageSpec,
+        reader: Reader = "auto",
+        cache_bytes: int = 1 << 29,
+        device: torch.device | None = None,
+    ) -> None:
         self.spec = spec
         self._reader: Reader = reader
+        self._device = device
         self._decoder: Decoder | None = None
         self._cache: dict[Hashable, np.ndarray] = {}
         self._free_images = cache_bytes // (3 * spec.size_px**2)
@@ -131,7 +160,8 @@ class PixelSource:
             squares_IYXC[place] = ready
         if encoded:
             if self._decoder is None:
-                self._decoder = make_decoder(self._reader, self.spec)
+                self._decoder = make_decoder(self._reader, self.spec, self._device)
+                log.info("images are decoded by %s", self.decoder_name)
             squares_IYXC[missing] = self._decoder.decode(encoded)
             for place in missing[: max(0, self._free_images)]:
                 if keys[place] not in self._cache:
@@ -148,4 +178,4 @@ class PixelSource:
     @property
     def decoder_name(self) -> str:
         """Name for logs; ``none yet`` before the first image was decoded."""
-        return "none yet" if self._decoder is None else type(self._decoder).__name__.removesuffix("Decoder").lower()
+        return "none yet" if self._decoder is None else self._decoder.name

@@ -1,9 +1,10 @@
-"""Dataset folders: the format of ARCHITECTURE 5.6, its writer, reader and verifier.
+"""Dataset folders: the format of ARCHITECTURE 5.6, its writer and its reader.
 
     dataset.json                 counts, tokenizer fingerprint, store, shards with size and sha256 of every file
     shard-NNNNN.text.{bin,idx}   int32, one document of three sequences per sample:
                                  token ids | target spans as start, end, start, end ... |
-                                 [modality, number of images, first image of the sample in this shard, store kind]
+                                 [modality, number of images, first image of the sample in this shard, store kind,
+                                 body part, view, laterality] (the last three not in schema 1)
     shard-NNNNN.image.{bin,idx}  uint8, one sequence per image: JPEG or PNG bytes, or a pixel record (see pack_pixels)
     shard-NNNNN.ids              33 bytes per sample: 32 hexadecimal digits and a line feed
     rejects.jsonl                what was refused and why, by record number
@@ -17,44 +18,54 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import struct
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
 from megatron_medgpt.data.manifest import (
-    MANIFEST,
+    LISTED,
     STORE_KINDS,
-    TOKENIZER,
-    Manifest,
     ShardFacts,
     Store,
     read_manifest,
     sha256_of,
     shard_name,
 )
-from megatron_medgpt.types import MODALITIES
+from megatron_medgpt.types import BODY_PARTS, LATERALITIES, MODALITIES, VIEWS
 
+_FACTS = (7, 4)
+"""How many facts a sample has: today, and in schema 1."""
+_NAMES = {
+    "modalities": (0, MODALITIES),
+    "body_parts": (4, BODY_PARTS),
+    "views": (5, VIEWS),
+    "lateralities": (6, LATERALITIES),
+}
+"""Count in the manifest -> where it stands among the facts, and the names of its values."""
 _ID_BYTES = 33
 _ID = re.compile(rb"[0-9a-f]{32}\n")
 _PIXEL_HEADER = struct.Struct("<4sHHB3x")
 _PIXEL_MAGIC = b"MGPX"
 _MOST_OPEN_SHARDS = 8192
 """Five mapped files each; Linux allows a process 65,530 mappings (vm.max_map_count)."""
+_MAPS_OF_A_SHARD = 5
+_OTHER_FILES = 512
 _MOST_OPEN_FILES = 256
 """Pixel files; many systems allow a process 1024 open files."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredSample:
+class StoredSample(NamedTuple):
     """One sample as it lies in a shard; arrays are read-only views of the file."""
 
     token_ids: np.ndarray
@@ -69,6 +80,11 @@ def pack_pixels(pixels_YXC: np.ndarray) -> bytes:
     """A pixel record: ``MGPX``, uint16 rows, uint16 columns, uint8 channels, 3 zero bytes, then the uint8 pixels."""
     rows, columns, channels = pixels_YXC.shape
     return _PIXEL_HEADER.pack(_PIXEL_MAGIC, rows, columns, channels) + np.ascontiguousarray(pixels_YXC).tobytes()
+
+
+@lru_cache(maxsize=8)
+def _header_of(shape: tuple[int, ...]) -> bytes:
+    return _PIXEL_HEADER.pack(_PIXEL_MAGIC, *shape)
 
 
 def unpack_pixels(record: np.ndarray) -> np.ndarray:
@@ -95,7 +111,7 @@ class ShardWriter:
         self._image = IndexedWriter(Path(f"{self._prefix}.image"), "uint8")
         self._ids: list[str] = []
         self._num_tokens = self._num_targets = 0
-        self._modalities: dict[str, int] = {}
+        self._counts: dict[str, Counter[str]] = {listed: Counter() for listed in LISTED}
 
     def add_images(self, images: Sequence[bytes]) -> int:
         """Append images (encoded bytes or pixel records) and return the number of the first in this shard."""
@@ -114,16 +130,23 @@ class ShardWriter:
         modality: int,
         num_images: int,
         first_image: int,
+        body_part: int = 0,
+        view: int = 0,
+        laterality: int = 0,
     ) -> None:
         """Append one sample whose images ``add_images`` has written. ``sample_id``: 32 hexadecimal digits."""
         self._text.add(token_ids)
         self._text.add(np.asarray(target_spans, np.int32).reshape(-1))
-        self._text.add(np.asarray([modality, num_images, first_image, STORE_KINDS[self.store.kind]], np.int32))
+        kind = STORE_KINDS[self.store.kind]
+        facts = [modality, num_images, first_image, kind, body_part, view, laterality]
+        self._text.add(np.asarray(facts, np.int32))
         self._text.end_document()
         self._ids.append(f"{sample_id:>032s}\n")
         self._num_tokens += len(token_ids)
         self._num_targets += sum(end - start for start, end in target_spans)
-        self._modalities[MODALITIES[modality]] = self._modalities.get(MODALITIES[modality], 0) + 1
+        for listed, (place, names) in _NAMES.items():
+            if listed == "modalities" or facts[place]:
+                self._counts[listed][names[facts[place]]] += 1
 
     def close(self) -> ShardFacts:
         """Complete the shard and return its entry for the manifest."""
@@ -151,7 +174,8 @@ class ShardWriter:
                 partial.unlink()
         return ShardFacts(
             name=self.name, num_samples=len(self._ids), num_images=num_images, num_tokens=self._num_tokens,
-            num_targets=self._num_targets, modalities=dict(sorted(self._modalities.items())), files=files,
+            num_targets=self._num_targets, files=files,
+            **{listed: dict(sorted(counts.items())) for listed, counts in self._counts.items()},
         )  # fmt: skip
 
 
@@ -167,6 +191,11 @@ def _check_sizes(folder: Path, facts: ShardFacts) -> None:
             )
 
 
+def _numbers(array: np.ndarray) -> memoryview:
+    """An array of int32 or int64 that gives single numbers in a third of the time."""
+    return memoryview(array.view(np.uint8)).cast("q" if array.itemsize == 8 else "i")
+
+
 class _Shard:
     """One open shard, its structure checked."""
 
@@ -175,7 +204,10 @@ class _Shard:
         self.text = IndexedFile(folder / f"{facts.name}.text", "int32")
         self.image = IndexedFile(folder / f"{facts.name}.image", "uint8") if facts.num_images else None
         self.ids = np.memmap(folder / f"{facts.name}.ids", f"S{_ID_BYTES}", "r").view(np.ndarray)
+        self.num_facts = int(self.text.lengths[2]) if len(self.text) > 2 else 0
         self._check(facts, folder)
+        self._items, self._lengths = _numbers(self.text.items), _numbers(self.text.lengths)
+        self._pointers = _numbers(self.text.pointers)
         self.num_images = self._meta(1)
         self.token_lengths = self.text.lengths[0::3]
 
@@ -186,25 +218,38 @@ class _Shard:
             and np.array_equal(self.text.boundaries, np.arange(0, len(self.text) + 1, 3))
             and len(self.ids) == facts.num_samples
             and (0 if self.image is None else len(self.image)) == facts.num_images
-            and (self.text.lengths[2::3] == 4).all()
+            and self.num_facts in _FACTS
+            and (self.text.lengths[2::3] == self.num_facts).all()
             and (self.text.lengths[1::3] % 2 == 0).all()
         )
         if not whole:
             raise WorkError(f"{at}: its samples are not token ids, target spans and facts; restore it or ingest again")
-        modality, count, first = self._meta(0), self._meta(1), self._meta(2)
+        count, first = self._meta(1), self._meta(2)
         if (
-            ((modality < 0) | (modality >= len(MODALITIES))).any()
+            any(self._is_off(place, names) for place, names in _NAMES.values() if place < self.num_facts)
             or ((count < 0) | (first < 0)).any()
             or (first.astype(np.int64) + count > facts.num_images).any()
         ):
-            raise WorkError(f"{at}: a sample names an image or modality that is not there; restore it or ingest again")
+            raise WorkError(
+                f"{at}: a sample names an image, modality or body part that is not there; restore it or ingest again"
+            )
+
+    def _is_off(self, place: int, names: Sequence[str]) -> bool:
+        values = self._meta(place)
+        return bool(((values < 0) | (values >= len(names))).any())
+
+    @cached_property
+    def places_of_images(self) -> tuple[memoryview, memoryview]:
+        """Byte pointers and lengths of the image records."""
+        return _numbers(self.image.pointers), _numbers(self.image.lengths)
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Token ids, target spans and facts of a sample, which lie one behind the other."""
-        tokens, targets, facts = self.text.lengths[3 * row : 3 * row + 3].tolist()
-        start = int(self.text.pointers[3 * row]) // 4
-        items = self.text.items[start : start + tokens + targets + facts]
-        return items[:tokens], items[tokens : tokens + targets], items[tokens + targets :].tolist()
+        first, items = 3 * row, self.text.items
+        start = self._pointers[first] // 4
+        targets = start + self._lengths[first]
+        facts = targets + self._lengths[first + 1]
+        return items[start:targets], items[targets:facts], self._items[facts : facts + self.num_facts].tolist()
 
     def sample_id(self, row: int) -> str:
         stored = bytes(self.ids[row])
@@ -214,6 +259,18 @@ class _Shard:
 
     def _meta(self, which: int) -> np.ndarray:
         return self.text.items[self.text.pointers[2::3] // 4 + which]
+
+
+def _room_for_shards(count: int) -> int:
+    """How many of ``count`` shards may be open. Python's maps keep their file's descriptor, and many systems allow a
+    process 1,024 (204 shards) until it asks for more, which every process may up to the hard limit."""
+    soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    most = min(count, _MOST_OPEN_SHARDS)
+    wanted = min(hard, soft + _MAPS_OF_A_SHARD * most)  # beside those of the other datasets of a blend
+    if soft < _OTHER_FILES + _MAPS_OF_A_SHARD * most and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        soft = wanted
+    return max(1, min(most, (soft - _OTHER_FILES) // _MAPS_OF_A_SHARD))
 
 
 class Dataset:
@@ -240,6 +297,7 @@ class Dataset:
             raise UsageError(f"{folder} holds no samples ({self.manifest.num_records} records, all rejected)")
         for facts in self.manifest.shards:
             _check_sizes(self.folder, facts)
+        self._most_open = _room_for_shards(len(self.manifest.shards))
         self._shards: dict[int, _Shard] = {}
         self._image_files: dict[int, BinaryIO] = {}
         self._firsts = list(accumulate((facts.num_samples for facts in self.manifest.shards), initial=0))
@@ -248,21 +306,25 @@ class Dataset:
     @cached_property
     def token_lengths(self) -> np.ndarray:
         """int32 (samples,): tokens of each sample, an image counted as one."""
-        return np.concatenate([shard.token_lengths for shard in self._every_shard()])
+        return self._joined(lambda shard: shard.token_lengths)
 
     @cached_property
     def num_images(self) -> np.ndarray:
         """int32 (samples,): images of each sample."""
-        return np.concatenate([shard.num_images for shard in self._every_shard()])
+        return self._joined(lambda shard: shard.num_images)
 
-    def _every_shard(self) -> Iterator[_Shard]:
-        return (self._shard(n) for n, facts in enumerate(self.manifest.shards) if facts.num_samples)
+    def _joined(self, numbers: Callable[[_Shard], np.ndarray]) -> np.ndarray:
+        out = np.empty(len(self), np.int32)
+        for number, facts in enumerate(self.manifest.shards):
+            if facts.num_samples:  # copied at once: a view would keep its shard's files open
+                out[self._firsts[number] : self._firsts[number + 1]] = numbers(self._shard(number))
+        return out
 
     def _shard(self, number: int) -> _Shard:
         shard = self._shards.get(number)
         if shard is None:
             shard = _Shard(self.folder, self.manifest.shards[number])
-            if len(self._shards) >= _MOST_OPEN_SHARDS:
+            if len(self._shards) >= self._most_open:
                 self._shards.pop(next(iter(self._shards)), None)
             self._shards[number] = shard
         return shard
@@ -276,9 +338,16 @@ class Dataset:
 
     def __getitem__(self, number: int) -> StoredSample:
         number_of_shard, shard, row = self._locate(number)
-        token_ids, target_spans, (modality, num_images, first, _) = shard.row(row)
-        keys = tuple((number_of_shard, first + k) for k in range(num_images))
-        return StoredSample(token_ids, target_spans, modality, keys, shard.sample_id(row))
+        token_ids, target_spans, facts = shard.row(row)
+        first = facts[2]
+        keys = tuple([(number_of_shard, image) for image in range(first, first + facts[1])])
+        return StoredSample(token_ids, target_spans, facts[0], keys, shard.sample_id(row))
+
+    def described(self, number: int) -> tuple[str, ...]:
+        """What is known of a sample's images, by name: modality, body part, view, laterality."""
+        _, shard, row = self._locate(number)
+        facts = shard.row(row)[2]
+        return tuple(names[facts[place]] for place, names in _NAMES.values() if place < len(facts) and facts[place] > 0)
 
     def image(self, key: tuple[int, int]) -> np.ndarray:
         """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""
@@ -292,13 +361,11 @@ class Dataset:
         Raises:
             WorkError: the record is damaged, or of another size than the array.
         """
-        shard = self._shard(key[0])
-        header = bytearray(_PIXEL_HEADER.size)
-        wanted = _PIXEL_HEADER.pack(_PIXEL_MAGIC, *out_YXC.shape)
-        num_bytes = os.preadv(
-            self._image_file(key[0]).fileno(), [header, out_YXC.data], int(shard.image.pointers[key[1]])
-        )
-        if header != wanted or not num_bytes == len(header) + out_YXC.size == shard.image.lengths[key[1]]:
+        number, image = key
+        pointers, lengths = self._shard(number).places_of_images
+        header, size = bytearray(_PIXEL_HEADER.size), _PIXEL_HEADER.size + out_YXC.size
+        num_bytes = os.preadv(self._image_file(number).fileno(), (header, out_YXC), pointers[image])
+        if header != _header_of(out_YXC.shape) or not num_bytes == size == lengths[image]:
             raise WorkError("a stored image is not the pixel record it should be; run medgpt inspect --verify")
 
     def _image_file(self, number: int) -> BinaryIO:
@@ -314,47 +381,3 @@ class Dataset:
     def sample_id(self, number: int) -> str:
         _, shard, row = self._locate(number)
         return shard.sample_id(row)
-
-
-def verify(folder: str | Path) -> Iterator[str]:
-    """Read every byte of a dataset and yield one line per fault: hashes, then the meaning of every sample.
-
-    An empty iteration is a whole dataset. Raises as ``Dataset`` does where it cannot even be opened.
-    """
-    folder = Path(folder)
-    manifest, _ = read_manifest(folder)
-    faults = 0
-    listed = {name: entry for facts in manifest.shards for name, entry in facts.files.items()} | manifest.files
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            faults += 1
-            yield f"{name} is missing"
-        elif sha256_of(path) != expected["sha256"]:
-            faults += 1
-            yield f"{name} does not have the sha256 of {MANIFEST}"
-    copy = folder / TOKENIZER
-    if TOKENIZER not in listed and copy.is_file() and sha256_of(copy) != manifest.tokenizer["sha256"]:
-        faults += 1
-        yield f"{TOKENIZER} is not the tokenizer of {MANIFEST}"
-    if faults:
-        return
-    dataset = Dataset(folder)
-    seen: set[str] = set()
-    for number in range(len(dataset)):
-        sample = dataset[number]
-        if sample.sample_id in seen:
-            yield f"sample {number} repeats the id {sample.sample_id}"
-        seen.add(sample.sample_id)
-        yield from _faults_of(sample, number, manifest)
-
-
-def _faults_of(sample: StoredSample, number: int, manifest: Manifest) -> Iterator[str]:
-    ids, spans = sample.token_ids, sample.target_spans_flat
-    if ids.size == 0 or ids.min() < 0 or ids.max() >= manifest.tokenizer["vocab_size"]:
-        yield f"sample {number} has token ids outside the vocabulary of {manifest.tokenizer['vocab_size']}"
-    marks = int((ids == manifest.tokenizer["image_mark_id"]).sum())
-    if marks != len(sample.image_keys):
-        yield f"sample {number} has {marks} image marks and {len(sample.image_keys)} images"
-    if spans.size and (spans[0] < 0 or spans[-1] > ids.size or (np.diff(spans) < 0).any()):
-        yield f"sample {number} has target spans outside its tokens"

@@ -115,7 +115,7 @@ def open_checkpoint(
     words = find_tokenizer(checkpoint, tokenizer, facts)
     chunks, groups = load_model(checkpoint, model, world, parallel)
     forward, image = LayoutForward(chunks, groups, world.device), image_spec(model)
-    source = PixelSource(image, reader=reader)  # type: ignore[arg-type]  # PixelSource names the readers it allows
+    source = PixelSource(image, reader=reader, device=world.device)  # type: ignore[arg-type]  # PixelSource names the readers it allows
     likelihood = LikelihoodEngine(
         forward, tokenizer=words, image=image, sequence_length=sequence_length, num_rows=num_rows, source=source
     )

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.manifest import MANIFEST, STORE_KINDS, Store, shard_name, write_json
+from megatron_medgpt.data.manifest import MANIFEST, SCHEMA, STORE_KINDS, Store, shard_name, write_json
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.complete import complete, in_words
 from megatron_medgpt.ingest.decode import DecodeOptions
@@ -26,7 +26,7 @@ from megatron_medgpt.ingest.progress import Progress, expected_records
 from megatron_medgpt.ingest.seen import SeenIds
 from megatron_medgpt.ingest.sources import Record, Source, open_source
 from megatron_medgpt.ingest.sources.place import Place, name_of
-from megatron_medgpt.ingest.write import Finished, Settings, Task, finished_before, locked, write_shards
+from megatron_medgpt.ingest.write import SUSPICIOUS, Finished, Settings, Task, finished_before, locked, write_shards
 
 CLIP_MEAN_RGB = (122, 116, 104)
 """Padding of pixel stores: CLIP's mean colour (``data.square.pad_rgb``)."""
@@ -152,7 +152,8 @@ def run_ingest(
             complete(settings, words, sources, finished, max_reject_rate=max_reject_rate, licence=licence)
     summary = _summary(out, finished, time.monotonic() - began)
     for note, count in summary.notes.items():
-        echo(f"{count} {note}" + (" (--suspicious-text mask or refuse)" if suspicious_text == "count" else ""))
+        advice = suspicious_text == "count" and note.startswith(SUSPICIOUS)
+        echo(f"{count} {note}" + " (--suspicious-text mask or refuse)" * advice)
     echo(
         f"{out}: {summary.num_samples} samples, {summary.num_images} images, {summary.num_tokens} text tokens from "
         f"{summary.num_records} records in {summary.seconds:.1f} s; rejected {in_words(summary.rejects)}"
@@ -211,6 +212,7 @@ def _show_rejects(sources: Sequence[Source], finished: Sequence[Finished], echo:
 def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: Tokenizer, per_shard: int) -> str:
     """Refuse to continue an unfinished ingest that had other inputs or settings. Returns a digest of them."""
     facts = {
+        "schema": SCHEMA,
         "inputs": [[source.format, source.fingerprint(), source.columns] for source in sources],
         "tokenizer": words.fingerprint, "store": asdict(settings.store), "records_per_shard": per_shard,
         "allow_burned_in": settings.allow_burned_in, "longest_tokens": settings.longest_tokens,

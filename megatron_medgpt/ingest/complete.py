@@ -59,7 +59,7 @@ def complete(
         "columns": [source.columns for source in sources], "inputs_sha256": [s.fingerprint() for s in sources],
         "licences": dict(sorted(licences.items())) if set(licences) != {"not stated"} else {},
         "suspicious_text": settings.suspicious_text, "burned_in_allowed": settings.allow_burned_in,
-        "notes": dict(sorted(notes.items())), "decode": asdict(settings.decode),
+        "notes": dict(sorted(notes.items())), "decode": asdict(settings.decode), "square_pixels": "bicubic",
         "versions": {
             "python": sys.version.split()[0], "numpy": np.__version__, "pillow": PIL.__version__,
             "pydicom": version("pydicom"), "torch": version("torch"),

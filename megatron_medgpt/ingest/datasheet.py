@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from megatron_medgpt.data.index import IndexedFile
-from megatron_medgpt.data.manifest import ShardFacts, Store
+from megatron_medgpt.data.manifest import ShardFacts, Store, added_up
 from megatron_medgpt.data.text import Tokenizer
 
 DATASHEET = "DATASHEET.md"
+_LISTED = {
+    "modalities": ("Modalities", "modality"), "body_parts": ("Body parts", "body part"), "views": ("Views", "view"),
+    "lateralities": ("Lateralities", "laterality"),
+}  # fmt: skip
 _TO_ANSWER = {
     "Motivation": ("For what purpose was the dataset made, and by whom?",),
     "Collection": (
@@ -40,10 +44,6 @@ def write_datasheet(
 ) -> None:
     """Write ``folder/DATASHEET.md``. The same inputs give the same text: no clock, no names of files or people."""
     samples, num_rejected = sum(s.num_samples for s in shards), sum(rejects.values())
-    modalities: dict[str, int] = {}
-    for shard in shards:
-        for name, count in shard.modalities.items():
-            modalities[name] = modalities.get(name, 0) + count
     pixels = f"squares of {store.size_px} px, padded with RGB {store.pad_rgb}" if store.kind == "pixels" else (
         "validated JPEG and PNG bytes, stripped of everything but pixels"
     )  # fmt: skip
@@ -56,7 +56,9 @@ def write_datasheet(
     }  # fmt: skip
     lines = ["# Datasheet", "", "Written by `medgpt ingest`; please answer the questions marked **?**.", ""]
     lines += [*_questions("Motivation"), "## Composition", "", *_table(("", ""), facts)]
-    lines += ["### Modalities", "", *_table(("modality", "samples"), modalities)]
+    for listed, (title, one) in _LISTED.items():
+        counts = added_up(shards, listed)
+        lines += [f"### {title}", "", *(_table((one, "samples"), counts) if counts else ["Not stated.", ""])]
     lines += ["### Licences", ""]
     lines += _table(("licence", "samples"), provenance["licences"]) if provenance["licences"] else [
         "**?** Not stated at ingest (`--licence`).", ""
@@ -70,7 +72,9 @@ def write_datasheet(
         for number, (form, columns, digest) in enumerate(inputs, 1)
     ]
     lines += [
-        "- No header, path, file name, UID, EXIF, comment or PNG text was copied; ids are keyed hashes.",
+        "- Of a header only modality, body part, view and laterality went on, each as a word of a closed list.",
+        "- No other header, path, file name, UID, EXIF, comment or PNG text was copied; ids are keyed hashes.",
+        "- DICOM and NIfTI pixels that are not square in millimetres were stretched until they were (bicubic).",
         "- Pictures that may show text of a patient were "
         + ("accepted." if provenance["burned_in_allowed"] else "held back."),
         f"- Texts that look identifying were {_treated(provenance['suspicious_text'])}"

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from megatron_medgpt.data.text import IMAGE_MARK, Tokenizer
 from megatron_medgpt.ingest.decode import Decoded
-from megatron_medgpt.ingest.identity import modality_of_name, sample_id
+from megatron_medgpt.ingest.facts import Facts, facts_of_sample, facts_of_table
+from megatron_medgpt.ingest.identity import sample_id
 from megatron_medgpt.ingest.sources import Record, RecordError
 from megatron_medgpt.types import Sample
 
@@ -16,7 +17,7 @@ from megatron_medgpt.types import Sample
 def make_sample(
     record: Record, images: Sequence[Decoded], tokenizer: Tokenizer, *, key: bytes, longest_tokens: int
 ) -> Sample:
-    """Tokens, targets, images and an opaque id. The modality is the table's, else the first that a file states.
+    """Tokens, targets, images, an opaque id, and what ``facts_of`` the record says.
 
     Raises:
         RecordError: the sample is longer than ``longest_tokens`` (an image counted as one), marks and images differ, or
@@ -29,11 +30,18 @@ def make_sample(
         raise RecordError("over-long")
     if tokenizer.unknown_id is not None and tokenizer.unknown_id in rendered.token_ids:
         raise RecordError("not-in-vocabulary")
-    modality = modality_of_name(record.modality) or next((image.modality for image in images if image.modality), 0)
+    facts = facts_of(record, images)
     return Sample(
         sample_id=sample_id(key, record.source_id), token_ids=rendered.token_ids, target_spans=rendered.target_spans,
-        images=tuple(image.picture.encoded for image in images), modality=modality,
+        images=tuple(image.picture.encoded for image in images), modality=facts.modality, body_part=facts.body_part,
+        view=facts.view, laterality=facts.laterality,
     )  # fmt: skip
+
+
+def facts_of(record: Record, images: Sequence[Decoded]) -> Facts:
+    """Modality, body part, view and laterality: the table's, else those of the files."""
+    stated = facts_of_table(record.modality, body_part=record.body_part, view=record.view, laterality=record.laterality)
+    return facts_of_sample(stated, (image.facts for image in images))
 
 
 def repeat_marks(record: Record, counts: Sequence[int]) -> Record:

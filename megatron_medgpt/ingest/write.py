@@ -29,12 +29,14 @@ from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.identity import masked, plain_licence
 from megatron_medgpt.ingest.interrupts import deaf_to_interrupts
 from megatron_medgpt.ingest.parts import Part
-from megatron_medgpt.ingest.sample import make_sample, repeat_marks
+from megatron_medgpt.ingest.sample import facts_of, make_sample, repeat_marks
 from megatron_medgpt.ingest.sources import Image as RecordImage
 from megatron_medgpt.ingest.sources import Record, RecordError
 from megatron_medgpt.ingest.sources.place import Place, read_image
 
 _FORGOTTEN = Picture(b"", 0, 0)
+SUSPICIOUS = "texts with a "
+"""How notes of texts that look identifying begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +116,12 @@ def write_shard(settings: Settings, task: Task) -> Finished:
     for record, root in zip(task.records, task.image_roots, strict=True):
         kinds = sorted({kind for turn in record.turns for kind in masked(turn.text)[1]})
         try:
-            _write_record(_cleared(record, kinds, settings), root, settings, writer, first_of)
+            noticed = _write_record(_cleared(record, kinds, settings), root, settings, writer, first_of)
         except (PictureError, RecordError) as error:
             rejects.append((record.number, str(error)))
             continue
-        notes.update(f"texts with a {kind}{' masked' * (settings.suspicious_text == 'mask')}" for kind in kinds)
+        notes.update(f"{SUSPICIOUS}{kind}{' masked' * (settings.suspicious_text == 'mask')}" for kind in kinds)
+        notes.update(noticed)
         licences[plain_licence(record.licence)] += 1
     finished = Finished(
         shard=writer.close(), rejects=tuple(rejects), notes=dict(sorted(notes.items())),
@@ -137,7 +140,8 @@ def _cleared(record: Record, kinds: Sequence[str], settings: Settings) -> Record
     return replace(record, turns=tuple(replace(turn, text=masked(turn.text)[0]) for turn in record.turns))
 
 
-def _write_record(record: Record, root: Place, settings: Settings, writer: ShardWriter, first_of: dict) -> None:
+def _write_record(record: Record, root: Place, settings: Settings, writer: ShardWriter, first_of: dict) -> list[str]:
+    """Write one record and return what a person should know of it."""
     if record.problem:
         raise RecordError(record.problem)
     names = (root, record.modality, *record.images)
@@ -153,14 +157,17 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
     if known is None:
         first = writer.add_images([image.picture.encoded for image in images])
         # Later records of this shard with the same images share them; only their facts are kept in memory.
-        forgotten = [tuple(Decoded(_FORGOTTEN, picture.modality) for picture in file) for file in files]
+        forgotten = [tuple(Decoded(_FORGOTTEN, picture.facts) for picture in file) for file in files]
         first_of[names] = (first, forgotten)
     else:
         first = known[0]
     writer.add_sample(
         sample_id=sample.sample_id, token_ids=sample.token_ids, target_spans=sample.target_spans,
-        modality=sample.modality, num_images=len(images), first_image=first,
+        modality=sample.modality, num_images=len(images), first_image=first, body_part=sample.body_part,
+        view=sample.view, laterality=sample.laterality,
     )  # fmt: skip
+    left_out = [f"records with a {field.replace('_', ' ')} on no list" for field in facts_of(record, images).left_out]
+    return left_out + ["pictures made square in millimetres"] * sum(image.squared for image in images)
 
 
 def _read(root: Place, image: RecordImage, modality: str, settings: Settings) -> tuple[Decoded, ...]:

@@ -144,7 +144,13 @@ def image_spec(config: RunConfig) -> ImageSpec:
 
 
 def open_data(
-    config: RunConfig, stage: StageConfig, blend: tuple[BlendConfig, ...], tokenizer: Tokenizer, *, learns: bool
+    config: RunConfig,
+    stage: StageConfig,
+    blend: tuple[BlendConfig, ...],
+    tokenizer: Tokenizer,
+    *,
+    learns: bool,
+    device: torch.device | None = None,
 ) -> StageData:
     """Training data (``learns``) or validation data of a stage, which is read as it is and in one order."""
     return open_stage(
@@ -157,6 +163,7 @@ def open_data(
         rows_per_step=stage.global_batch_rows if learns else 1,
         augment=stage.augment if learns else None,
         plans_folder=Path(config.out) / "plans",
+        device=device,
     )
 
 
@@ -166,9 +173,9 @@ def build_stage(config: RunConfig, index: int, world: World) -> Parts:
     tokenizer = Tokenizer.load(Path(config.tokenizer))
     parts = assemble(config, index, world)
     parts.tokenizer = tokenizer
-    parts.data = open_data(config, stage, stage.data, tokenizer, learns=True)
+    parts.data = open_data(config, stage, stage.data, tokenizer, learns=True, device=world.device)
     if stage.validation_data:
-        parts.validation = open_data(config, stage, stage.validation_data, tokenizer, learns=False)
+        parts.validation = open_data(config, stage, stage.validation_data, tokenizer, learns=False, device=world.device)
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_medgpt.data.pixels import PixelSource
 from megatron_medgpt.evaluate.command import sample
 from megatron_medgpt.evaluate.forward import LayoutForward
 from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
@@ -42,7 +43,7 @@ def option_figures(parts: Parts, forward: LayoutForward) -> dict[str, float]:
         engine = LikelihoodEngine(
             forward, tokenizer=parts.tokenizer, image=image_spec(parts.config),
             sequence_length=parts.stage.sequence_length, num_rows=parts.stage.micro_batch_rows,
-            reader=parts.config.image_reader,
+            source=PixelSource(image_spec(parts.config), parts.config.image_reader, device=parts.device),
         )  # fmt: skip
         parts.questions = (sample(whole, parts.stage.num_questions), engine)  # its pixels are decoded once a stage
     task, engine = parts.questions

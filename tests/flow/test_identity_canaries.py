@@ -33,12 +33,13 @@ CANARIES = {
     "exif": "exifQ-Thaddeus", "png text": "textQ-Severin", "png compressed text": "ztxtQ-Roswitha",
     "jpeg comment": "commQ-Quintus", "behind the end of a jpeg": "tailQ-Philomena", "table name": "tableQ-Ottokar",
     "record id": "recordQ-Notburga", "number in a caption": "7719208841", "mrn in a caption": "QX-118",
-    "name of a missing file": "missQ-Methusalem",
+    "name of a missing file": "missQ-Methusalem", "body part": "bodyQ-Leopold", "view": "viewQ-Kunigunde",
+    "laterality": "sideQ-Jolanthe", "column of sides": "columnQ-Isidora",
 }  # fmt: skip
 
 
 def scan() -> bytes:
-    """A CT with sixteen canaries."""
+    """A CT with nineteen canaries."""
     say = CANARIES
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -53,6 +54,12 @@ def scan() -> bytes:
     )
     ds.InstitutionName, ds.ReferringPhysicianName = say["institution"], say["referring physician"]
     ds.DeviceSerialNumber, ds.Modality, ds.PhotometricInterpretation = say["device serial"], "CT", "MONOCHROME2"
+    for keyword, name in (
+        ("BodyPartExamined", "body part"),
+        ("ViewPosition", "view"),
+        ("ImageLaterality", "laterality"),
+    ):
+        setattr(ds, keyword, say[name])
     ds.private_block(0x0011, "QUARZ", create=True).add_new(0x01, "LO", say["private tag"])
     inner = Dataset()
     inner.ScheduledProcedureStepDescription = say["nested sequence"]
@@ -91,7 +98,12 @@ def study(folder: Path) -> Path:
         "c.dcm": f"MRN {CANARIES['mrn in a caption']}: a nodule.", f"{CANARIES['name of a missing file']}.png": "Lost.",
     }  # fmt: skip
     rows = [
-        {"id": f"{CANARIES['record id']}-{n}", "image": f"{images.name}/{name}", "caption": text}
+        {
+            "id": f"{CANARIES['record id']}-{n}",
+            "image": f"{images.name}/{name}",
+            "caption": text,
+            "side": CANARIES["column of sides"],
+        }
         for n, (name, text) in enumerate(texts.items())
     ]
     table = folder / f"{CANARIES['table name']}.jsonl"
@@ -142,4 +154,4 @@ def test_no_planted_identifier_is_in_any_byte_that_ingest_training_and_report_wr
     assert any(name.endswith(".distcp") for name in names)
     done = audit(written, secrets)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
-    assert "28 identifiers looked for, 0 found" in done.stderr
+    assert "32 identifiers looked for, 0 found" in done.stderr

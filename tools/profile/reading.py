@@ -5,8 +5,9 @@
 The same JPEG pictures lie in every form; every reader gives normalised float32 tensors of 336 x 336 px in batches of
 16, in a shuffled order where it can, in one process with one thread. Pillow is the decoder of all peers; ours is
 measured with it too. The readers take turns, each in a process of its own, and the best of the turns counts: CPU
-seconds, files in the page cache. ``copy`` reads the bytes of the same pixel shard with ``preadv`` into the same buffer
-and does nothing else.
+seconds, files in the page cache. ``copy`` reads the pixels of the same records, in the same shuffled order, with one
+``preadv`` each into the same buffer, and does nothing else: the raw read bandwidth. It and ``records`` are also taken
+in one process, pass by pass in turns, and the median of the ratios is the share of the raw bandwidth.
 
 The peers are no dependencies of the package; one that is not installed is named and left out.
     pip install webdataset megatron-energon datasets
@@ -19,6 +20,7 @@ import importlib.util
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -42,7 +44,7 @@ SPEC = ImageSpec(
     size_px=336, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), num_tokens=576
 )
 BATCH = 16
-PASSES = 16
+PASSES = 128
 """Over the pixel shard, where it is read and nothing else is done: one takes milliseconds."""
 NEEDS = {"webdataset": "webdataset", "energon": "megatron.energon", "datasets": "datasets"}
 
@@ -130,6 +132,25 @@ def copy(work: Path) -> Iterator[int]:
         yield len(order)
 
 
+def decoder_alone(work: Path) -> Iterator[int]:
+    """What DALI's decoder can do at best with these files: no records, no squares, no tensors."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    def pipeline():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        return fn.decoders.image(
+            encoded, device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True, use_fast_idct=False
+        )
+
+    built = pipeline()
+    built.build()
+    files = [np.fromfile(path, np.uint8) for path in sorted((work / "images").glob("*.jpg"))]
+    for first in range(0, len(files), BATCH):
+        built.run(encoded=files[first : first + BATCH])
+        yield len(files[first : first + BATCH])
+
+
 def webdataset(work: Path) -> Iterator[int]:
     import webdataset as wds
 
@@ -189,7 +210,7 @@ READERS: dict[str, Callable[[Path], Iterator[int]]] = {
     "ours, pixel shards": lambda work: ours(work, "pixels", "pillow"),
     "ours, DALI": lambda work: ours(work, "encoded", "dali"),
     "ours, Pillow": lambda work: ours(work, "encoded", "pillow"),
-    "webdataset": webdataset, "energon": energon, "datasets": datasets,
+    "DALI decodes, no more": decoder_alone, "webdataset": webdataset, "energon": energon, "datasets": datasets,
 }  # fmt: skip
 
 
@@ -202,16 +223,31 @@ def measure(work: Path, name: str) -> dict[str, float]:
     return {"images": images, "cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall}
 
 
+def share_of_raw(work: Path) -> dict[str, float]:
+    """Raw read time over the time of records, in CPU seconds of one process: median, least and most of 11 pairs."""
+    for side in (copy, records):
+        sum(side(work))
+    ratios = []
+    for _ in range(11):
+        used = []
+        for side in (copy, records):
+            began = time.process_time()
+            count = sum(side(work))
+            used.append(time.process_time() - began)
+        ratios.append(used[0] / used[1])
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "records_a_pass": count}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/reading"))
     parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=READERS, help="one reader, in this process")
+    parser.add_argument("--only", choices=[*READERS, "share"], help="one reader, in this process")
     given = parser.parse_args()
     if given.only:
-        print(json.dumps(measure(given.work, given.only)))
+        print(json.dumps(share_of_raw(given.work) if given.only == "share" else measure(given.work, given.only)))
         return
     missing = [name for name, module in NEEDS.items() if not _installed(module)]
     if not given.work.exists():
@@ -221,19 +257,26 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(given.turns):
         for name in (name for name in READERS if name not in missing):
-            command = [sys.executable, __file__, "--work", str(given.work), "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-            facts = json.loads(done.stdout.splitlines()[-1])
+            facts = _alone(given.work, name)
             if name not in best or facts["cpu_s"] < best[name]["cpu_s"]:
                 best[name] = facts
+    share = _alone(given.work, "share")
+    print("records, share of the raw bandwidth: {median:.2f} ({least:.2f} to {most:.2f})".format(**share))
     for name, facts in best.items():
-        print(f"{name:20s} {facts['images'] / facts['cpu_s']:10.0f} images per CPU second ({facts['images']} images)")
+        print(f"{name:22s} {facts['images'] / facts['cpu_s']:10.0f} images per CPU second ({facts['images']} images)")
     for name in missing:
         print(f"{name:20s} is not installed: pip install {NEEDS[name].replace('.', '-')}")
     if given.out:
-        given.out.write_text(json.dumps(best, indent=1) + "\n")
+        given.out.write_text(json.dumps(best | {"share": share}, indent=1) + "\n")
+
+
+def _alone(work: Path, name: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--work", str(work), "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    facts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return facts
 
 
 def _installed(module: str) -> bool:

@@ -1,8 +1,8 @@
 """A DICOM file to 8-bit frames.
 
 Order of a grey picture: stored values -> modality LUT (Hounsfield units and the like) -> VOI LUT or window ->
-presentation LUT -> inverted once if MONOCHROME1 -> 8 bits. Where no window is given, CT gets a preset and everything
-else its 0.5 to 99.5 percentile without padding.
+presentation LUT -> inverted once if MONOCHROME1 -> 8 bits -> square pixels. Where no window is given, CT gets a preset
+and everything else its 0.5 to 99.5 percentile without padding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from megatron_medgpt.ingest.decode.codestream import check_deflated, halvings_of
 from megatron_medgpt.ingest.decode.frames import count_frames, header_of_frame
 from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
 from megatron_medgpt.ingest.decode.reading import dcmread
+from megatron_medgpt.ingest.decode.spacing import Frame, row_to_column, squared
 from megatron_medgpt.ingest.decode.windowing import to_8_bit
+from megatron_medgpt.ingest.facts import Facts, facts_of_header
 from megatron_medgpt.ingest.identity import held_back
 
 _NO_PICTURES = ("1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.481.2")
@@ -48,8 +50,8 @@ _PLUGINS = {
 gdcm_frames.register()
 
 
-def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Dataset, list[np.ndarray]]:
-    """The header and the chosen frames, uint8 (rows, columns) or (rows, columns, 3).
+def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Facts, list[Frame]]:
+    """What the header says of the picture, and the chosen frames.
 
     Raises:
         PictureError: with the reason.
@@ -62,7 +64,8 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         has_pixels = any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
         reason = held_back(ds)
         sop_class, syntax = str(ds.get("SOPClassUID", "")), ds.file_meta.get("TransferSyntaxUID")
-        ds.get("Modality"), ds.get("PhotometricInterpretation")  # an element is only read when it is asked for
+        facts = facts_of_header(ds)
+        ds.get("PhotometricInterpretation")  # an element is only read when it is asked for
     except PictureError:
         raise
     except Exception as error:  # a damaged header raises whatever pydicom and zlib like, some of it on access
@@ -79,7 +82,7 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         raise PictureError("too-many-frames")
     if not _supported(syntax):
         raise PictureError("unsupported-transfer-syntax")
-    return ds, list(_decoded(ds, chosen, num_frames, options))
+    return facts, list(_decoded(ds, chosen, num_frames, options))
 
 
 def _supported(syntax: UID | None) -> bool:
@@ -89,11 +92,12 @@ def _supported(syntax: UID | None) -> bool:
         return False
 
 
-def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator:
+def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator[Frame]:
     for index in chosen:
         try:
             stored = _stored(ds, index, num_frames, options.scaled_px)  # YBR comes out as RGB
-            frame = to_8_bit(stored, header_of_frame(ds, index), options.ct_window)
+            header = header_of_frame(ds, index)
+            frame = squared(to_8_bit(stored, header, options.ct_window), row_to_column(header))
         except PictureError:
             raise
         except MemoryError as error:

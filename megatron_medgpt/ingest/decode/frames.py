@@ -7,12 +7,15 @@ from pydicom.dataset import Dataset
 from megatron_medgpt.data.picture import PictureError
 
 LARGEST_FRAMES = 10_000
-_GROUPS = ("PixelValueTransformationSequence", "IdentityPixelValueTransformationSequence", "FrameVOILUTSequence")
+_GROUPS = (
+    "PixelValueTransformationSequence", "IdentityPixelValueTransformationSequence", "FrameVOILUTSequence",
+    "PixelMeasuresSequence",
+)  # fmt: skip
 _FOR_ALL_FRAMES = (
     "Modality", "PhotometricInterpretation", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "PresentationLUTShape", "PresentationLUTSequence",
     "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
-    "VOILUTFunction",
+    "VOILUTFunction", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio",
 )  # fmt: skip
 
 

@@ -14,20 +14,27 @@ from megatron_medgpt.data.picture import Picture, PictureError, canonical, encod
 from megatron_medgpt.data.shards import pack_pixels
 from megatron_medgpt.ingest.decode.kinds import is_dicom, is_nifti
 from megatron_medgpt.ingest.decode.options import DecodeOptions
-from megatron_medgpt.ingest.identity import modality_of_header
+from megatron_medgpt.ingest.decode.spacing import Frame
+from megatron_medgpt.ingest.facts import NO_FACTS, Facts
 
 ENCODED = Store()
 EXACT = DecodeOptions()
 """Middle frames and slices, exactly decoded."""
-_UNKNOWN = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """A picture fit for a shard, and the modality its file states (index into ``MODALITIES``, 0 unknown)."""
+    """A picture fit for a shard, and what its file states of it."""
 
     picture: Picture
-    modality: int
+    facts: Facts = NO_FACTS
+    squared: bool = False
+    """Whether it was resampled because its stored pixels are not square in millimetres."""
+
+    @property
+    def modality(self) -> int:
+        """Index into ``MODALITIES``, 0 unknown."""
+        return self.facts.modality
 
 
 def decode(
@@ -50,18 +57,18 @@ def decode(
     if is_dicom(content):  # pydicom and its codecs, 0.3 s of imports that other files need not pay
         from megatron_medgpt.ingest.decode.dicom import frames_of
 
-        header, frames = frames_of(content, options, allow_burned_in=allow_burned_in)
-        return written(frames, modality_of_header(header), store)
+        facts, frames = frames_of(content, options, allow_burned_in=allow_burned_in)
+        return written(frames, store, facts)
     if is_nifti(content):
         from megatron_medgpt.ingest.decode.volume import slices_of
 
-        return written(slices_of(content, options, modality), _UNKNOWN, store)
+        return written(slices_of(content, options, modality), store)
     if store.kind == "pixels":
-        return written([pixels_of(content, options.scaled_px)], _UNKNOWN, store)
-    return (Decoded(canonical(content), _UNKNOWN),)
+        return written([Frame(pixels_of(content, options.scaled_px))], store)
+    return (Decoded(canonical(content)),)
 
 
-def written(frames: Sequence[np.ndarray], modality: int, store: Store) -> tuple[Decoded, ...]:
+def written(frames: Sequence[Frame], store: Store, facts: Facts = NO_FACTS) -> tuple[Decoded, ...]:
     """8-bit frames as squares of pixels, or as PNG files that have been decoded again and compared.
 
     Raises:
@@ -70,13 +77,16 @@ def written(frames: Sequence[np.ndarray], modality: int, store: Store) -> tuple[
     if store.kind == "pixels":
         from megatron_medgpt.data.resize import square_pixels  # torch: 1.5 s that encoded stores need not pay
 
-        squares = [square_pixels(frame, store.size_px, store.pad_rgb) for frame in frames]
-        return tuple(Decoded(Picture(pack_pixels(s), store.size_px, store.size_px), modality) for s in squares)
+        size_px = store.size_px
+        squares = [pack_pixels(square_pixels(frame.pixels, size_px, store.pad_rgb)) for frame in frames]
+        return tuple(
+            Decoded(Picture(square, size_px, size_px), facts, frame.squared) for square, frame in zip(squares, frames)
+        )
     pictures = []
     for frame in frames:
-        picture = encode_png(Image.fromarray(frame))
+        picture = encode_png(Image.fromarray(frame.pixels))
         with Image.open(io.BytesIO(picture.encoded)) as again:
-            if not np.array_equal(np.asarray(again), frame):
+            if not np.array_equal(np.asarray(again), frame.pixels):
                 raise PictureError("written-bytes-differ")
-        pictures.append(Decoded(picture, modality))
+        pictures.append(Decoded(picture, facts, frame.squared))
     return tuple(pictures)

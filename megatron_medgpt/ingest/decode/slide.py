@@ -11,6 +11,8 @@ from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import LARGEST_PIXELS, PictureError
 from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
 from megatron_medgpt.ingest.decode.pictures import ENCODED, Decoded, written
+from megatron_medgpt.ingest.decode.spacing import Frame
+from megatron_medgpt.ingest.facts import Facts
 from megatron_medgpt.types import MODALITIES
 
 _ENDINGS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".tif", ".tiff")
@@ -50,10 +52,10 @@ def decode_slide(path: Path, options: DecodeOptions, *, store: Store = ENCODED) 
             tiles = _tiles(slide, options)
         except openslide.OpenSlideError as error:
             raise PictureError("truncated-or-corrupt") from error
-    return written(tiles, MODALITIES.index("microscopy"), store)
+    return written(tiles, store, Facts(MODALITIES.index("microscopy")))
 
 
-def _tiles(slide, options: DecodeOptions) -> list[np.ndarray]:
+def _tiles(slide, options: DecodeOptions) -> list[Frame]:
     try:
         scanned_um = (float(slide.properties["openslide.mpp-x"]) + float(slide.properties["openslide.mpp-y"])) / 2
     except (KeyError, ValueError) as error:
@@ -79,7 +81,7 @@ def _tiles(slide, options: DecodeOptions) -> list[np.ndarray]:
     for row, column in places[list(chosen)]:
         region = slide.read_region((round(column * side), round(row * side)), level, (read_px, read_px))
         tile = _on_white(region).resize((options.tile_px, options.tile_px), Image.Resampling.BICUBIC)
-        tiles.append(np.asarray(tile))
+        tiles.append(Frame(np.asarray(tile)))
     return tiles
 
 

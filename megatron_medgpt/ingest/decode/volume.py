@@ -1,4 +1,4 @@
-"""A NIfTI volume to 8-bit slices, oriented as a radiologist looks at them.
+"""A NIfTI volume to 8-bit slices, oriented and proportioned as a radiologist looks at them.
 
 Axial slices show the patient's right at the left and front at the top, coronal and sagittal ones the head at the top.
 Slices are cut across the axis with the thickest voxels (as they were acquired), axially where all are alike.
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_medgpt.data.picture import PictureError, check_size
 from megatron_medgpt.ingest.decode.options import CT_WINDOWS_HU, LARGEST_PICTURES, DecodeOptions, picked
+from megatron_medgpt.ingest.decode.spacing import Frame, ratio_of, squared
 from megatron_medgpt.ingest.decode.windowing import PERCENTILES, linear_exact
 from megatron_medgpt.ingest.identity import modality_of_name
 from megatron_medgpt.types import MODALITIES
@@ -26,8 +27,8 @@ _STATISTICS_SLICES = 32
 _AXIAL = 2
 
 
-def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> list[np.ndarray]:
-    """The chosen slices, uint8 (rows, columns) or (rows, columns, 3).
+def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> list[Frame]:
+    """The chosen slices, their pixels square in millimetres.
 
     A window covers the whole volume, so that neighbouring slices look alike: the CT preset where ``modality`` says
     computed tomography, else the percentiles of up to 32 slices spread over it.
@@ -63,7 +64,7 @@ def _is_second(content: bytes) -> bool:
     return start[4:7] == b"n+2"
 
 
-def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -> list[np.ndarray]:
+def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -> list[Frame]:
     voxels = image.dataobj.get_unscaled()
     voxels = voxels[(slice(None),) * 3 + (0,) * (voxels.ndim - 3)]  # of several volumes, the first
     voxels = voxels[..., None] if voxels.ndim == 2 else voxels
@@ -81,8 +82,10 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
     planes = [_upright(canonical, axis, index) for index in chosen]
     for rows, columns in {plane.shape[:2] for plane in planes}:
         check_size(columns, rows)
+    across_mm, down_mm = np.delete(spacing_mm, axis)  # see _upright
+    ratio = ratio_of((down_mm, across_mm)) or 1.0
     if voxels.dtype.names:  # RGB or RGBA, 8 bits each
-        return [np.ascontiguousarray(np.stack([plane[name] for name in "RGB"], axis=-1)) for plane in planes]
+        return [squared(np.stack([plane[name] for name in "RGB"], axis=-1), ratio) for plane in planes]
     if voxels.dtype.kind not in "iuf":
         raise PictureError("unsupported-volume")
     slope, intercept = (float(value) for value in (image.dataobj.slope, image.dataobj.inter))
@@ -99,7 +102,7 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
     for plane in planes:
         values = np.nan_to_num(plane.astype(np.float64) * slope + intercept)
         grey = [np.rint(255 * curve(values)).astype(np.uint8) for curve in curves]
-        shown.append(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)))
+        shown.append(squared(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)), ratio))
     return shown
 
 

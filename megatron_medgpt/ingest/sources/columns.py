@@ -11,7 +11,7 @@ from megatron_medgpt.config.errors import UsageError
 FORMATS = ("auto", "llava", "messages", "caption", "vqa", "mcq", "dicom")
 FIELDS = (
     "image", "text", "question", "answer", "options", "label", "id", "modality", "licence", "sop_uid", "series_uid",
-    "study_uid",
+    "study_uid", "body_part", "view", "laterality",
 )  # fmt: skip
 """What ``--map`` can name: field=column."""
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -35,6 +35,10 @@ _NAMES = {
     "sop_uid": ("sopinstanceuid", "sop_instance_uid", "sop_uid"),
     "series_uid": ("seriesinstanceuid", "series_instance_uid", "series_uid"),
     "study_uid": ("studyinstanceuid", "study_instance_uid", "study_uid"),
+    "body_part": ("body_part", "bodypart", "body part", "bodypartexamined", "body_part_examined", "anatomy",
+                  "anatomical_region", "location"),
+    "view": ("view", "view_position", "viewposition", "projection"),
+    "laterality": ("laterality", "image_laterality", "imagelaterality", "side"),
 }  # fmt: skip
 _OPTION = re.compile(r"(?:(option|choice)[ _]?)?([A-H])", re.IGNORECASE)
 

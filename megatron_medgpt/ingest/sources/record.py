@@ -46,7 +46,10 @@ class Record:
     """The record's own id, or a digest of its content; only its keyed hash is written."""
     problem: str = ""
     licence: str = ""
-    """As the record states it."""
+    """As the record states it; the next three likewise."""
+    body_part: str = ""
+    view: str = ""
+    laterality: str = ""
 
     @property
     def num_bytes(self) -> int:

@@ -103,11 +103,14 @@ class Source:
         own = row.get(KEY) if own in (None, "") else own
         content = json.dumps([names_of(images), [(t.role, t.text) for t in turns]])
         digest = hashlib.sha256(content.encode()).hexdigest()
-        licence = row.get(self.columns["licence"]) if "licence" in self.columns else ""
         return Record(
             number, images, turns, modality, f"id:{own}" if own not in (None, "") else digest,
-            licence=licence if isinstance(licence, str) else "",
+            **{name: self._plain(row, name) for name in ("licence", "body_part", "view", "laterality")},
         )  # fmt: skip
+
+    def _plain(self, row: Mapping[str, Any], name: str) -> str:
+        value = row.get(self.columns[name]) if name in self.columns else ""
+        return value if isinstance(value, str) else ""
 
     def _from_dicom(self, row: dict[str, Any]) -> tuple[tuple[str, ...], list]:
         uid = row.get(next(self.columns[kind] for kind in UID_KEYWORDS if kind in self.columns))

@@ -14,7 +14,7 @@ from megatron_medgpt.config.errors import MedgptError
 from megatron_medgpt.config.schema import BlendConfig
 from megatron_medgpt.data.loader import open_stage
 from megatron_medgpt.data.manifest import read_manifest, write_manifest
-from megatron_medgpt.data.shards import verify
+from megatron_medgpt.data.verify import verify
 from megatron_medgpt.types import ImageSpec
 
 CASES = int(os.environ.get("MEDGPT_FUZZ_CASES", "250"))

@@ -15,7 +15,7 @@ from megatron_medgpt.config.schema import AugmentConfig, BlendConfig
 from megatron_medgpt.data.augment import augmented, draws
 from megatron_medgpt.data.collate import Document, RowShape, batch_of_documents, collate
 from megatron_medgpt.data.loader import Prefetcher, chain, open_stage
-from megatron_medgpt.data.pixels import PixelSource
+from megatron_medgpt.data.pixels import PixelSource, chosen_decoder
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.square import pad_rgb, square
 from megatron_medgpt.types import IGNORE_INDEX, ImageSpec
@@ -389,3 +389,27 @@ def test_changes_and_rows_per_step_are_part_of_the_plans_hash(write_dataset):
     hashes = {stage_of(folder, **more).plan_hash for more in ({}, {"augment": AUGMENT}, {"rows_per_step": 4})}
     assert len(hashes) == 3
     assert stage_of(folder, augment=AugmentConfig()).plan_hash in hashes
+
+
+@pytest.mark.parametrize(
+    ("reader", "device", "installed", "chosen"),
+    [
+        ("auto", "cuda:3", True, "mixed"), ("dali", "cuda:0", True, "mixed"), ("auto", "cpu", True, "cpu"),
+        ("dali", None, True, "cpu"), ("auto", "cuda:3", False, "pillow"), ("pillow", "cuda:3", True, "pillow"),
+    ],
+)  # fmt: skip
+def test_dali_decodes_on_the_gpu_where_there_is_one(reader, device, installed, chosen):
+    assert chosen_decoder(reader, device and torch.device(device), installed) == chosen
+
+
+def test_dali_that_is_not_installed_is_one_line():
+    with pytest.raises(UsageError, match="DALI is not installed"):
+        chosen_decoder("dali", None, False)
+
+
+def test_which_decoder_is_used_is_said_once(write_dataset, caplog):
+    stage = stage_of(write_dataset())
+    with caplog.at_level("INFO"):
+        for row in range(3):
+            stage.take(row, 1)
+    assert [record.getMessage() for record in caplog.records].count("images are decoded by Pillow") == 1

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from png_examples import png_of
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data import shards
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
-from megatron_medgpt.data.manifest import Store, read_manifest, write_manifest
-from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels, verify
+from megatron_medgpt.data.manifest import Store, read_manifest, sha256_of, write_manifest
+from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels
+from megatron_medgpt.data.verify import verify
 
 
 def test_megatron_core_reads_what_is_written_here(write_dataset):
@@ -261,3 +264,74 @@ def test_more_shards_than_are_kept_open_are_read_all_the_same(write_dataset, mon
     order = np.random.default_rng(0).permutation(40).tolist() * 2
     assert [int(dataset[number].sample_id, 16) for number in order] == order
     assert len(dataset._shards) <= 2
+
+
+def as_schema_1(folder):
+    """The dataset as it was written before body part, view and laterality: four facts a sample, no counts of them."""
+    manifest = json.loads((folder / "dataset.json").read_text())
+    for shard in manifest["shards"]:
+        new = IndexedFile(folder / f"{shard['name']}.text", "int32")
+        old = IndexedWriter(folder / "old", "int32")
+        for number in range(len(new)):
+            old.add(new[number][:4] if number % 3 == 2 else new[number])
+            if number % 3 == 2:
+                old.end_document()
+        old.close()
+        for ending in ("bin", "idx"):
+            name = f"{shard['name']}.text.{ending}"
+            (folder / f"old.{ending}").replace(folder / name)
+            shard["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    for facts in (manifest, *manifest["shards"]):
+        for listed in ("body_parts", "views", "lateralities"):
+            del facts[listed]
+    manifest |= {"schema": 1, "seal": ""}
+    (folder / "dataset.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def test_a_dataset_of_schema_1_is_read_as_it_was(write_dataset):
+    new, old = Dataset(write_dataset("new")), Dataset(as_schema_1(write_dataset("old")))
+    assert list(verify(old.folder)) == []
+    assert old.manifest.modalities == new.manifest.modalities
+    assert old.manifest.body_parts == {}
+    for number in range(len(new)):
+        assert old.described(number) == new.described(number)
+        for field in ("modality", "image_keys", "sample_id"):
+            assert getattr(old[number], field) == getattr(new[number], field)
+        np.testing.assert_array_equal(old[number].token_ids, new[number].token_ids)
+        np.testing.assert_array_equal(old[number].target_spans_flat, new[number].target_spans_flat)
+
+
+def test_a_later_schema_is_refused(write_dataset):
+    folder = write_dataset()
+    content = (folder / "dataset.json").read_text().replace('"schema": 2', '"schema": 3')
+    (folder / "dataset.json").write_text(content)
+    with pytest.raises(UsageError, match="schema 3, this version reads 1 and 2"):
+        Dataset(folder)
+
+
+@pytest.mark.parametrize("place", [4, 5, 6])
+def test_a_body_part_view_or_side_that_is_on_no_list_is_a_damaged_shard(write_dataset, place):
+    folder = write_dataset(num_samples=3)
+    text = IndexedFile(folder / "shard-00000.text", "int32")
+    at = int(text.pointers[2]) + 4 * place
+    content = bytearray((folder / "shard-00000.text.bin").read_bytes())
+    content[at : at + 4] = (99).to_bytes(4, "little")
+    (folder / "shard-00000.text.bin").write_bytes(content)
+    with pytest.raises(WorkError, match="that is not there"):
+        Dataset(folder)[0]
+
+
+@pytest.mark.parametrize("hard", [70, 4096])
+def test_a_dataset_of_more_shards_than_files_may_be_open_is_read(write_dataset, hard):
+    """In a process of its own: a hard limit cannot be raised again. 60 shards would need 300 descriptors."""
+    folder = write_dataset(num_samples=60, per_shard=1)
+    code = (
+        "import resource, sys; from megatron_medgpt.data import shards; shards._OTHER_FILES = 60\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (66, {hard}))\n"
+        "dataset = shards.Dataset(sys.argv[1]); lengths = dataset.token_lengths\n"
+        "ids = [int(dataset[n].sample_id, 16) for n in (*range(59, -1, -1), *range(60))]\n"
+        "assert ids == [*range(59, -1, -1), *range(60)]; print(len(lengths))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr

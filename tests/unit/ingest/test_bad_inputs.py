@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data.picture import PictureError
-from megatron_medgpt.data.shards import Dataset, verify
+from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.text import CONTROL_TOKENS, Tokenizer
+from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.decode import decode
 from megatron_medgpt.ingest.sources import open_source

@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 import pytest
 from medical_files import dicom, encoded, picture
+from pydicom.dataset import Dataset as Header
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import pixel_array
 
@@ -32,13 +33,18 @@ def seeds():
     names = ("CT_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
              "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_jpeg_gdcm.dcm", "JPGExtended.dcm", "image_dfl.dcm")  # fmt: skip
     volume = np.random.default_rng(0).integers(-1000, 1000, (20, 24, 16)).astype(np.int16)
-    nifti = nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
+    nifti = nibabel.Nifti1Image(volume, np.diag([1.0, 1.5, 4.0, 1.0])).to_bytes()
     palette = dicom(np.zeros((16, 16), np.uint8), modality="US", photometric="PALETTE COLOR",
                     RedPaletteColorLookupTableDescriptor=[256, 0, 16], RedPaletteColorLookupTableData=bytes(512),
                     GreenPaletteColorLookupTableDescriptor=[256, 0, 16], GreenPaletteColorLookupTableData=bytes(512),
                     BluePaletteColorLookupTableDescriptor=[256, 0, 16], BluePaletteColorLookupTableData=bytes(512),
                     )  # fmt: skip
-    return [*((SHIPPED / name).read_bytes() for name in names), palette, nifti, gzip.compress(nifti, 1),
+    measures, anatomy, group = Header(), Header(), Header()
+    measures.PixelSpacing, anatomy.FrameLaterality = [0.5, 0.25], "L"
+    group.PixelMeasuresSequence, group.FrameAnatomySequence = [measures], [anatomy]
+    oblong = dicom(np.eye(24, dtype=np.uint16), modality="MR", BodyPartExamined="KNEE", ViewPosition="AP",
+                   PixelAspectRatio=[4, 3], SharedFunctionalGroupsSequence=[group])  # fmt: skip
+    return [*((SHIPPED / name).read_bytes() for name in names), palette, oblong, nifti, gzip.compress(nifti, 1),
             encoded("JPEG", picture()), encoded("PNG", picture())]  # fmt: skip
 
 

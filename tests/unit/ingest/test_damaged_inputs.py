@@ -21,8 +21,9 @@ from tars import tar_of
 
 from megatron_medgpt.config.errors import MedgptError
 from megatron_medgpt.data.picture import PictureError, canonical
-from megatron_medgpt.data.shards import Dataset, verify
+from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.text import Tokenizer
+from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.decode import decode
 from megatron_medgpt.ingest.sources import open_source
@@ -38,7 +39,7 @@ fuzz = settings(
 )  # fmt: skip
 
 PNG, JPEG = encoded("PNG", picture(20, 20)), encoded("JPEG", picture(24, 16))
-ROWS = [{"id": f"r{k}", "image": f"{k}.png", "caption": f"A läsion, number {k}."} for k in range(4)]
+ROWS = [{"id": f"r{k}", "image": f"{k}.png", "caption": f"A läsion, number {k}.", "view": "PA"} for k in range(4)]
 DIALOGUE = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
             {"role": "assistant", "content": "!"}]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from medical_files import encoded, picture
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.shards import verify
+from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.parts import Part
 from megatron_medgpt.ingest.seen import SeenIds

@@ -9,7 +9,8 @@ from tars import tar_of
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.picture import PictureError
-from megatron_medgpt.data.shards import Dataset, verify
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.sources import open_source
 from megatron_medgpt.ingest.sources.place import read_image, url_inside

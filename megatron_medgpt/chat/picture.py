@@ -56,7 +56,7 @@ def picture_of(content: bytes, *, name: str = "image", allow_burned_in: bool = F
 def read_picture(path: Path, *, allow_burned_in: bool = False) -> ChatPicture:
     """The same of a file on disk; it is named in the error."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; give a DICOM, JPEG or PNG file")
+        raise UsageError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a DICOM, JPEG or PNG file")
     try:
         content = read_capped(path)
     except PictureError as error:

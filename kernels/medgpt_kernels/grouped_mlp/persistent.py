@@ -163,7 +163,7 @@ def rows_kernel(
     of them is not stored.
 
     FLATTEN: one loop over all tiles and all of k, so that the next tile is loaded while this one is stored. It costs
-    registers, which only this kernel has (``warp_specialize`` changes nothing on sm_90 in Triton 3.6 and 3.9).
+    registers, which only this kernel has (``warp_specialize`` changes nothing on sm_90 in Triton 3.6).
     """
     num_m, num_n = live_tiles(counts_ptr, E, BLOCK_M, BLOCK_E), tl.cdiv(N_SIZE, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):

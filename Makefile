@@ -99,7 +99,7 @@ fuzz: setup
 
 # The page of `medgpt chat` with Gradio, which asks for an older Pillow than ours and so gets a folder of its own.
 chat-test: setup
-	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6' $(PIP_ARGS)
+	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6.31' $(PIP_ARGS)
 	@PYTHONPATH=build/chat-packages $(BIN)/python -m pytest tests/unit/chat
 
 # Everything tools/gpu/verify.sh does, in a tiny form without a GPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,11 @@ def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if len(results) < 2:
         return None
     controls = list(dict.fromkeys(name for result in results for name in result.get("controls") or {}))
+    same = Counter((result["task"], result["protocol"]) for result in results)
     rows = [
         {
             "task": result["task"], "protocol": result["protocol"], "n": result["n"], "accuracy": result["accuracy"],
+            "file": Path(result["file"]).stem if same[result["task"], result["protocol"]] > 1 else "",
             "ci95": result["ci95"], "chance": result.get("chance"), "failed": result.get("failed"),
             "unparsed": result.get("unparsed"), "engine": result.get("engine", ""),
             "controls": [(result.get("controls") or {}).get(name) for name in controls],

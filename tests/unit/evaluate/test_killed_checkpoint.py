@@ -31,7 +31,8 @@ from megatron_medgpt.parallel.plan import make_layout
 MODEL = ModelConfig(language=replace(TINY, vocab_size=512), vision=TINY_CLIP)
 PROTOCOLS = ("chat-likelihood", "letter")
 CONTROLS = ("", ".blank_image", ".shuffled_image")
-NUM_QUESTIONS = 60
+NUM_QUESTIONS = 48
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def questions(tmp_path_factory) -> Path:
 def start(run: Path, questions: Path, out: Path) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "megatron_medgpt.cli", "eval", "phantoms", "--data", str(questions), "--checkpoint",
-        str(run), "--protocol", ",".join(PROTOCOLS), "--reader", "pillow", "--out", str(out),
+        str(run), "--protocol", ",".join(PROTOCOLS), "--reader", "pillow", "--max-new-tokens", "12", "--out", str(out),
     ]  # fmt: skip
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -74,7 +75,7 @@ def test_a_killed_evaluation_of_a_checkpoint_goes_on_where_it_was(run, questions
     killed = tmp_path / "killed"
     process = start(run, questions, killed / "result.json")
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while len(answers(killed, "letter")) < 16 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)
         assert process.poll() is None, process.communicate()[0].decode()
@@ -87,7 +88,7 @@ def test_a_killed_evaluation_of_a_checkpoint_goes_on_where_it_was(run, questions
 
     process = start(run, questions, killed / "result.json")
     try:
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,7 +97,7 @@ def test_a_killed_evaluation_of_a_checkpoint_goes_on_where_it_was(run, questions
     whole = tmp_path / "whole"
     evaluate_model(
         "phantoms", data=questions, out=whole / "result.json", arguments=[], checkpoint=run, protocols=PROTOCOLS,
-        reader="pillow",
+        reader="pillow", max_new_tokens=12,
     )  # fmt: skip
     for (protocol, control), before in kept.items():
         found = answers(killed, protocol, control)

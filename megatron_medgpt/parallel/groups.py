@@ -163,8 +163,8 @@ def build_groups(layout: Layout, timeout_s: float = 600.0) -> ProcessGroupCollec
 def destroy_groups() -> None:
     """Forget the groups of the current layout, so that the next stage can use another in the same processes.
 
-    megatron-core drops its references, but torch keeps the groups, and every gloo group has threads that wake up again
-    and again: 780 of them after 20 layouts, which cost 43 % of two cores. So gloo's are really ended.
+    megatron-core drops its references, but torch keeps the groups, and every gloo group has two threads: 780 were left
+    after 20 layouts. So gloo's are really ended.
     """
     if not parallel_state.model_parallel_is_initialized():
         return

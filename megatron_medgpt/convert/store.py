@@ -40,7 +40,7 @@ from megatron_medgpt.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_medgpt.checkpoint.metadata import COMMON, ENGINE_CONFIG, METADATA
-from megatron_medgpt.convert.safetensor import TensorSpec
+from megatron_medgpt.convert.mapped import TensorSpec
 from megatron_medgpt.convert.stored import STACK, stored_key
 
 _ALIGNMENT = 64

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_medgpt.checkpoint.manifest import Manifest, altered_files, check_listing, listed, read_manifest
 from megatron_medgpt.checkpoint.metadata import METADATA, OPTIMIZER_PREFIX, _MetadataUnpickler, stored_tensors
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
-from megatron_medgpt.convert.safetensor import MappedFile, TensorSpec
+from megatron_medgpt.convert.mapped import MappedFile, TensorSpec
 
 STACK = "language.decoder.layers."
 _TENSOR_FILE = ".distcp"

@@ -18,7 +18,8 @@ from megatron_medgpt.config.schema import ModelConfig
 from megatron_medgpt.convert.gpt_oss import gpt_oss_table, original_table
 from megatron_medgpt.convert.hf_to_megatron import model_shapes
 from megatron_medgpt.convert.llava import published_config, published_vision_config
-from megatron_medgpt.convert.safetensor import SafetensorsWriter, TensorSpec
+from megatron_medgpt.convert.mapped import TensorSpec
+from megatron_medgpt.convert.safetensor import SafetensorsWriter
 from megatron_medgpt.convert.store import CheckpointWriter
 from megatron_medgpt.convert.vision import vision_table
 

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,17 @@ class Manifest:
     """sha256 of the manifest's own content: the identity of the checkpoint."""
 
 
+def engine_versions() -> dict[str, str]:
+    """Versions that decide how a checkpoint's tensors were made and written."""
+    found = {}
+    for name in ("megatron-medgpt", "megatron-core", "torch", "transformer-engine"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def step_folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -90,11 +103,11 @@ def pointed_at(folder: Path, name: str) -> str | None:
     return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and sha256 of one file, read in pieces."""
+def hash_file(path: Path, stopped: threading.Event | None = None) -> FileEntry:
+    """Size and sha256 of one file, read in pieces; of its beginning where ``stopped`` is set meanwhile."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as stream:
-        while piece := stream.read(_HASH_CHUNK_BYTES):
+        while (stopped is None or not stopped.is_set()) and (piece := stream.read(_HASH_CHUNK_BYTES)):
             digest.update(piece)
             size += len(piece)
     return FileEntry(size_bytes=size, sha256=digest.hexdigest())
@@ -163,11 +176,14 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def altered_files(folder: Path, manifest: Manifest, *, part: int = 0, num_parts: int = 1) -> list[str]:
+def altered_files(
+    folder: Path, manifest: Manifest, *, part: int = 0, num_parts: int = 1, stopped: threading.Event | None = None
+) -> list[str]:
     """Names of the files whose content is not what the manifest says.
 
     Args:
         part, num_parts: look at this share of the bytes only, so that ranks can divide the reading among them.
+        stopped: set it where the answer is no longer wanted; it comes at once then, and is wrong.
     """
     shares = [0] * num_parts
     mine = []
@@ -176,7 +192,7 @@ def altered_files(folder: Path, manifest: Manifest, *, part: int = 0, num_parts:
         shares[lightest] += entry.size_bytes + 1
         if lightest == part:
             mine.append(name)
-    return [name for name in mine if hash_file(folder / name) != manifest.files[name]]
+    return [name for name in mine if hash_file(folder / name, stopped) != manifest.files[name]]
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -14,6 +14,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_medgpt.config.errors import UsageError
 
 METADATA = ".metadata"
+ENGINE_CONFIG = "metadata.json"
+"""Names the format: ``{"sharded_backend": "torch_dist", ...}``, megatron-core's ``CheckpointingConfig``."""
+COMMON = "common.pt"
+OPTIMIZER_PREFIX = "optimizer.state."
+"""megatron-core's key prefix of optimizer tensors in the fully reshardable format."""
 
 
 @dataclass(frozen=True, kw_only=True)

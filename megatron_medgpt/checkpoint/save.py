@@ -15,7 +15,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from megatron_medgpt.checkpoint.manifest import (
     CheckpointFacts,
     FileEntry,
     check_listing,
+    engine_versions,
     flush,
     hash_file,
     pointed_at,
@@ -37,8 +37,9 @@ from megatron_medgpt.checkpoint.manifest import (
     write_durably,
     write_manifest,
 )
+from megatron_medgpt.checkpoint.metadata import COMMON, ENGINE_CONFIG, METADATA
 from megatron_medgpt.checkpoint.ranks import Deadline, all_or_none, gather, on_first_rank, rank_and_size, reason
-from megatron_medgpt.checkpoint.tensors import COMMON, rank_file, tensors_nbytes, write_rank_state, write_tensors
+from megatron_medgpt.checkpoint.tensors import rank_file, tensors_nbytes, write_rank_state, write_tensors
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 
 log = logging.getLogger(__name__)
@@ -130,17 +131,6 @@ def prune(folder: Path, keep: int) -> list[Path]:
     return removed
 
 
-def engine_versions() -> dict[str, str]:
-    """Versions that decide how a checkpoint's tensors were made and written."""
-    found = {}
-    for name in ("megatron-medgpt", "megatron-core", "torch", "transformer-engine"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _prepare(folder: Path, step: int, needed_bytes: int) -> Path:
     """On rank 0: refuse what would overwrite or not fit, clear leftovers of dead saves, make the staging folder."""
     target = folder / step_folder_name(step)
@@ -185,7 +175,7 @@ def _write(
             write_rank_state(staging, rank, rank_state)
         names = [path.name for path in staging.glob(f"__{rank}_*.distcp")]
         names += [rank_file(rank)] if rank_state is not None else []
-        names += [".metadata", "metadata.json", COMMON] if rank == 0 else []
+        names += [METADATA, ENGINE_CONFIG, COMMON] if rank == 0 else []
         for name in names:  # torch flushes its own; megatron-core's metadata.json is not
             flush(staging / name)
         return {name: hash_file(staging / name) for name in names}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import save as write_torch_dist
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_medgpt.checkpoint.manifest import write_durably
+from megatron_medgpt.checkpoint.metadata import COMMON
 from megatron_medgpt.checkpoint.ranks import on_first_rank, reason
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.parallel.platform import prepare_engine
@@ -50,8 +51,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 
 # 0.19 calls common.pt deprecated at every load; 0.16.1 cannot read a folder without it.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
-
-COMMON = "common.pt"
 
 
 def rank_file(rank: int) -> str:

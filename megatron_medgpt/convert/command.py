@@ -13,7 +13,6 @@ from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
 from megatron_medgpt.convert.megatron_to_hf import export_hf
 from megatron_medgpt.convert.mxfp4 import SCALE_RULES
 from megatron_medgpt.convert.stream import refuse_existing
-from megatron_medgpt.convert.verify import verify as verify_folder
 
 
 def hf_to_megatron(
@@ -78,6 +77,8 @@ def verify(
     """Compare a checkpoint with a Hugging Face folder; 1 when they differ. See ``verify.verify`` for the options."""
     if images is not None and not logits:
         raise UsageError("--images is of the prompts whose logits are compared; --no-logits has none")
+    from megatron_medgpt.convert.verify import verify as verify_folder  # with megatron-core, which takes two seconds
+
     report = verify_folder(
         checkpoint, hf, layouts=tuple(layouts) or ("single",), images=images, logits=logits, vision=vision,
         num_threads=num_threads,

@@ -16,7 +16,7 @@ from megatron_medgpt.config.presets import VISION
 from megatron_medgpt.config.schema import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_medgpt.convert.gpt_oss import kept_packed
 from megatron_medgpt.convert.llava import projector_table
-from megatron_medgpt.convert.safetensor import TensorSpec
+from megatron_medgpt.convert.mapped import TensorSpec
 from megatron_medgpt.convert.source import Published, open_published
 from megatron_medgpt.convert.store import CheckpointWriter
 from megatron_medgpt.convert.stored import stored_key

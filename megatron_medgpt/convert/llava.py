@@ -8,9 +8,7 @@ Names are the canonical ones of the llava-hf models, which transformers 4 and 5 
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from transformers import CLIPVisionConfig, GptOssConfig, LlavaConfig, SiglipVisionConfig
+from typing import TYPE_CHECKING, Any
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import LanguageConfig, ModelConfig, VisionConfig
@@ -18,6 +16,9 @@ from megatron_medgpt.convert.gpt_oss import Experts, gpt_oss_table
 from megatron_medgpt.convert.mxfp4 import ScaleRule
 from megatron_medgpt.convert.table import Row, Table
 from megatron_medgpt.convert.vision import vision_table
+
+if TYPE_CHECKING:  # a second to import, for what an import of weights does not need
+    from transformers import CLIPVisionConfig, GptOssConfig, LlavaConfig, SiglipVisionConfig
 
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\."), "language_model.model."),
@@ -72,6 +73,8 @@ def published_config(config: ModelConfig, image_token_id: int) -> LlavaConfig:
     Raises:
         UsageError: the projector is of a shape that LLaVA does not have.
     """
+    from transformers import LlavaConfig
+
     _require_llava_projector(config)
     vision = config.vision
     return LlavaConfig(
@@ -89,6 +92,8 @@ def published_config(config: ModelConfig, image_token_id: int) -> LlavaConfig:
 
 def published_language_config(language: LanguageConfig) -> GptOssConfig:
     """transformers' configuration of the language model."""
+    from transformers import GptOssConfig
+
     config = GptOssConfig(
         num_hidden_layers=language.num_layers, hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads, num_key_value_heads=language.num_query_groups,
@@ -109,6 +114,8 @@ def published_language_config(language: LanguageConfig) -> GptOssConfig:
 
 def published_vision_config(vision: VisionConfig) -> CLIPVisionConfig | SiglipVisionConfig:
     """transformers' configuration of the vision encoder, at the resolution of its weights."""
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
     shape: dict[str, Any] = {
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.mlp_hidden_size,

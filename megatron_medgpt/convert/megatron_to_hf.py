@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_medgpt.checkpoint.load import find_latest
-from megatron_medgpt.checkpoint.manifest import LATEST, MANIFEST
+from megatron_medgpt.checkpoint.find import named_checkpoint, resolve_checkpoint
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig
@@ -63,23 +63,6 @@ class ExportSummary:
     num_experts: int = 0
 
 
-def resolve_checkpoint(path: Path | str) -> Path:
-    """A checkpoint's folder from what people have at hand: itself, its run, the run's ``checkpoints`` or ``latest``.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    if path.name == LATEST and path.parent.is_dir():
-        path = path.parent
-    for folder in (path, path / "checkpoints"):
-        if folder.is_dir() and (found := find_latest(folder)) is not None:
-            return found
-    raise UsageError(f"checkpoint {path}: no checkpoint there; name a step-NNNNNNNN folder, or a run's folder")
-
-
 def export_hf(
     checkpoint: Path | str,
     out: Path | str,
@@ -100,14 +83,14 @@ def export_hf(
     with that layer named as ``vision_feature_layer``.
 
     Args:
-        checkpoint: see ``resolve_checkpoint``.
+        checkpoint: see ``checkpoint.find.resolve_checkpoint``.
         tokenizer: folder with tokenizer.json; not needed for ``part="projector"``.
         dtype: of the weights. ``mxfp4`` packs the experts and writes the rest in bfloat16.
         part: ``whole``; ``language``: the language model alone, as ``GptOssForCausalLM``; ``projector`` alone.
         scale_rule: see ``mxfp4.SCALE_RULES``.
         original: published model in MXFP4; experts whose values it already holds are written with its bytes.
         evaluation: evaluation results (files of ``medgpt eval``, read) for the model card.
-        verify_content: compare every file with the checkpoint's manifest first.
+        verify_content: compare every file with the checkpoint's manifest: those of tensors while they are read.
 
     Raises:
         UsageError: the checkpoint, the tokenizer or the options are not usable. Nothing was written.
@@ -119,8 +102,9 @@ def export_hf(
         raise UsageError(f"--part {part}; allowed: {', '.join(PARTS)}")
     if original is not None and dtype != "mxfp4":
         raise UsageError("--original gives the bytes of untouched MXFP4 experts; it needs --dtype mxfp4")
-    path = resolve_checkpoint(checkpoint)
-    stored = StoredCheckpoint(path, verify_content=verify_content, num_threads=num_threads)
+    named = named_checkpoint(checkpoint)
+    path = named or resolve_checkpoint(checkpoint)  # which compares it with its manifest
+    stored = StoredCheckpoint(path, verify_content=False)
     config = build(ModelConfig, stored.manifest.facts.model, "model")
     config = exported_config(config)
     table = export_table(config, part, dtype, scale_rule)
@@ -135,7 +119,8 @@ def export_hf(
     with staged_folder(Path(out), needed) as staging:
         writer = SafetensorsWriter(staging, specs, max_shard_bytes=max_shard_bytes)
         try:
-            _write(table, source, writer, DTYPES[dtype], summary, _original(original, config), num_threads)
+            with stored.verified_meanwhile(num_threads) if verify_content and named else nullcontext():
+                _write(table, source, writer, DTYPES[dtype], summary, _original(original, config), num_threads)
             writer.finish()
         finally:
             writer.abandon()

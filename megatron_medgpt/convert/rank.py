@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_medgpt.checkpoint import state
-from megatron_medgpt.checkpoint.load import holds_packed_experts, load_checkpoint
+from megatron_medgpt.checkpoint.find import holds_packed_experts
+from megatron_medgpt.checkpoint.load import load_checkpoint
 from megatron_medgpt.config.schema import KernelConfig
 from megatron_medgpt.convert.layout import packed
 from megatron_medgpt.convert.logits import Prompt, config_of_task

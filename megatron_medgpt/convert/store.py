@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import threading
@@ -33,21 +34,22 @@ from megatron_medgpt.checkpoint.manifest import (
     CheckpointFacts,
     FileEntry,
     check_listing,
+    engine_versions,
     hash_file,
     write_durably,
     write_manifest,
 )
-from megatron_medgpt.checkpoint.metadata import METADATA
-from megatron_medgpt.checkpoint.save import engine_versions
-from megatron_medgpt.checkpoint.tensors import COMMON
-from megatron_medgpt.convert.safetensor import TensorSpec
+from megatron_medgpt.checkpoint.metadata import COMMON, ENGINE_CONFIG, METADATA
+from megatron_medgpt.convert.mapped import TensorSpec
 from megatron_medgpt.convert.stored import STACK, stored_key
-
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # isort: skip  (checkpoint.tensors
-# has prepared the engine)
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 1 << 20
+_FORMAT = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+    "common_backend_version": 1,
+}  # fmt: skip
+"""What megatron-core's ``CheckpointingConfig("torch_dist", 1)`` writes; to import it takes two seconds."""
 
 
 class _HashedFile(io.RawIOBase):
@@ -136,8 +138,8 @@ class CheckpointWriter:
         common = io.BytesIO()
         torch.save({}, common)
         write_durably(self._folder / COMMON, common.getvalue())
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
-        files.update({name: hash_file(self._folder / name) for name in (METADATA, COMMON, "metadata.json")})
+        write_durably(self._folder / ENGINE_CONFIG, json.dumps(_FORMAT).encode())
+        files.update({name: hash_file(self._folder / name) for name in (METADATA, COMMON, ENGINE_CONFIG)})
         facts = facts if facts.versions else replace(facts, versions=engine_versions())
         check_listing(self._folder, write_manifest(self._folder, facts, files))
 

@@ -11,23 +11,25 @@ import io
 import math
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_medgpt.checkpoint.load import OPTIMIZER_PREFIX
-from megatron_medgpt.checkpoint.manifest import Manifest, altered_files, check_listing, read_manifest
-from megatron_medgpt.checkpoint.metadata import METADATA, _MetadataUnpickler, stored_tensors
-from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.convert.safetensor import MappedFile, TensorSpec
+from megatron_medgpt.checkpoint.manifest import Manifest, altered_files, check_listing, listed, read_manifest
+from megatron_medgpt.checkpoint.metadata import METADATA, OPTIMIZER_PREFIX, _MetadataUnpickler, stored_tensors
+from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
+from megatron_medgpt.convert.mapped import MappedFile, TensorSpec
 
 STACK = "language.decoder.layers."
+_TENSOR_FILE = ".distcp"
 _MAX_DESCRIPTION_BYTES = 1 << 16
 _LAYER = re.compile(re.escape(STACK) + r"(\d+)\.(.+)")
 
@@ -54,6 +56,10 @@ class StoredCheckpoint:
 
     Every file is compared with the manifest before anything is unpickled; optimizer tensors are left unread.
 
+    Args:
+        verify_content: compare the files of tensors, too, before anything is read from them; False where that was just
+            done, or is done meanwhile (``verified_meanwhile``).
+
     Raises:
         UsageError: the checkpoint is missing, half-written, altered or not readable.
     """
@@ -62,8 +68,11 @@ class StoredCheckpoint:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         check_listing(path, self.manifest)
+        small = {name: entry for name, entry in self.manifest.files.items() if not name.endswith(_TENSOR_FILE)}
+        self._refuse(altered_files(path, replace(self.manifest, files=small)))
         if verify_content:
-            self._verify(num_threads)
+            with self.verified_meanwhile(num_threads):
+                pass
         stored = stored_tensors(path)  # refuses globals outside its allow-list
         with open(path / METADATA, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
@@ -118,6 +127,35 @@ class StoredCheckpoint:
             if all(length > 0 for length in _overlap(chunk, begin, sizes)[1]):
                 chunk.file.forget(chunk.start, chunk.length)
 
+    @contextmanager
+    def verified_meanwhile(self, num_threads: int = 2) -> Iterator[None]:
+        """Compare the files of tensors with the manifest while the block reads them, so that they come from the disk
+        once. What the block made of them may be kept only when it has ended without an error.
+
+        Raises:
+            UsageError: a file was altered; also in place of an error of ours in the block, which it explains.
+        """
+        tensors = {name: entry for name, entry in self.manifest.files.items() if name.endswith(_TENSOR_FILE)}
+        manifest, stopped = replace(self.manifest, files=tensors), threading.Event()
+        with ThreadPoolExecutor(num_threads) as pool:
+            shares = [
+                pool.submit(altered_files, self.path, manifest, part=part, num_parts=num_threads, stopped=stopped)
+                for part in range(num_threads)
+            ]
+
+            def refuse() -> None:
+                self._refuse(sorted(name for share in shares for name in share.result()))
+
+            try:
+                yield
+            except MedgptError:
+                refuse()
+                raise
+            except BaseException:
+                stopped.set()
+                raise
+            refuse()
+
     def _region(self, name: str, first: int, end: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape, layer = self._specs[name].shape, stored_key(name)[1]
         begin, sizes = (0,) * len(shape), shape
@@ -126,16 +164,10 @@ class StoredCheckpoint:
             sizes = ((shape[0] if end is None else end) - first, *shape[1:])
         return (begin, sizes) if layer is None else ((layer, *begin), (1, *sizes))
 
-    def _verify(self, num_threads: int) -> None:
-        with ThreadPoolExecutor(num_threads) as pool:
-            shares = [
-                pool.submit(altered_files, self.path, self.manifest, part=part, num_parts=num_threads)
-                for part in range(num_threads)
-            ]
-            altered = sorted(name for share in shares for name in share.result())
+    def _refuse(self, altered: list[str]) -> None:
         if altered:
             raise UsageError(
-                f"checkpoint {self.path}: the content of {', '.join(altered[:4])} is not what was written (sha256 "
+                f"checkpoint {self.path}: the content of {listed(altered)} is not what was written (sha256 "
                 "differs); use another checkpoint"
             )
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
-from megatron_medgpt.convert.safetensor import TensorSpec
+from megatron_medgpt.convert.mapped import TensorSpec
 from megatron_medgpt.convert.table import Constant, Row
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_medgpt.checkpoint.find import resolve_checkpoint
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig
@@ -27,7 +28,7 @@ from megatron_medgpt.convert.logits import (
     transformers_logits,
     world_size_of,
 )
-from megatron_medgpt.convert.megatron_to_hf import QUANTISATION_REPORT, exported_config, resolve_checkpoint
+from megatron_medgpt.convert.megatron_to_hf import QUANTISATION_REPORT, exported_config
 from megatron_medgpt.convert.mxfp4 import SCALE_RULES
 from megatron_medgpt.convert.safetensor import read_json
 from megatron_medgpt.convert.source import Published, open_published
@@ -89,7 +90,7 @@ def verify(
     """Compare a checkpoint with a Hugging Face folder.
 
     Args:
-        checkpoint: see ``megatron_to_hf.resolve_checkpoint``.
+        checkpoint: see ``checkpoint.find.resolve_checkpoint``.
         hf: a LLaVA export, or a GPT-oss folder (then the language model alone is compared).
         layouts: in which ours is run, e.g. ``single``, ``tp2-ep2``; each starts its own ranks.
         images: also prompt with images; where the folder has a vision tower when not given.

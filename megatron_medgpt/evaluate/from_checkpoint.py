@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_medgpt.checkpoint.load import holds_packed_experts, load_checkpoint, read_facts, resolve_checkpoint
+from megatron_medgpt.checkpoint.find import holds_packed_experts, read_facts, resolve_checkpoint
+from megatron_medgpt.checkpoint.load import load_checkpoint
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.errors import UsageError

@@ -7,13 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_medgpt.checkpoint.load import (
-    find_latest,
-    holds_packed_experts,
-    load_checkpoint,
-    load_rank_state,
-    read_facts,
-)
+from megatron_medgpt.checkpoint.find import find_latest, holds_packed_experts, read_facts
+from megatron_medgpt.checkpoint.load import load_checkpoint, load_rank_state
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.state import full_state, load_optimizer, load_weights, model_state, restore_rank_state
 from megatron_medgpt.config.errors import UsageError

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, verify
+from megatron_medgpt.checkpoint.find import find_latest, verify
+from megatron_medgpt.checkpoint.load import load_checkpoint
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts, step_folders
 from megatron_medgpt.checkpoint.save import save_checkpoint
 

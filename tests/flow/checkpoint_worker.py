@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from megatron_medgpt.checkpoint import state as checkpoint_state
-from megatron_medgpt.checkpoint.load import find_latest, load_checkpoint, load_rank_state
+from megatron_medgpt.checkpoint.find import find_latest
+from megatron_medgpt.checkpoint.load import load_checkpoint, load_rank_state
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.save import save_checkpoint
 from megatron_medgpt.checkpoint.tensors import sharded_tensors

@@ -15,7 +15,8 @@ import torch
 
 from megatron_medgpt.config.errors import MedgptError, WorkError
 from megatron_medgpt.convert import command
-from megatron_medgpt.convert.safetensor import SafetensorsFolder, SafetensorsWriter, TensorSpec, read_json
+from megatron_medgpt.convert.mapped import TensorSpec
+from megatron_medgpt.convert.safetensor import SafetensorsFolder, SafetensorsWriter, read_json
 from megatron_medgpt.convert.stream import PART_BYTES, staged_folder
 from tests.published_models import CLIP, on_mxfp4_grid, random_weights, write_folder, write_gpt_oss
 from tests.small_data import small_tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_medgpt.checkpoint.load import find_latest, read_facts
+from megatron_medgpt.checkpoint.find import find_latest, read_facts
 from megatron_medgpt.config.load import load_run
 from megatron_medgpt.config.schema import BlendConfig
 from megatron_medgpt.data.loader import open_stage

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_medgpt.checkpoint.load import find_latest
+from megatron_medgpt.checkpoint.find import find_latest
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.schema import CheckpointConfig
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_medgpt.checkpoint.load import find_latest, read_facts, resolve_checkpoint
+from megatron_medgpt.checkpoint.find import find_latest, read_facts, resolve_checkpoint
 from megatron_medgpt.checkpoint.metadata import stored_tensors
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import load_run

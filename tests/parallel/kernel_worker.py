@@ -19,7 +19,8 @@ from layout_cases import MODEL, own_part, row
 from medgpt_kernels.mx.reference import dequantise_mxfp4, dequantise_rows, quantise_rows
 
 from megatron_medgpt.checkpoint import state
-from megatron_medgpt.checkpoint.load import holds_packed_experts, load_checkpoint
+from megatron_medgpt.checkpoint.find import holds_packed_experts
+from megatron_medgpt.checkpoint.load import load_checkpoint
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.save import save_checkpoint
 from megatron_medgpt.config.schema import KernelConfig, ParallelConfig

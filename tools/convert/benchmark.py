@@ -7,7 +7,10 @@
 The published folder is made of random blocks once and kept in DIR. Every measurement runs in a process of its own, so
 that its peak memory is its own, and ends with a flush of the disk, ``cp`` too. It is made twice: ``cold``, after what
 it reads was dropped from the page cache (the machine below may still have it), and ``warm``, when it was just read. The
-seconds of a conversion include the start of Python and its imports (row ``start-up``).
+seconds of a conversion include the start of Python and its imports (row ``start-up``). With ``--turns`` the three take
+turns, and the last lines are the medians' ratios: seconds of ``cp`` by seconds of the conversion, with and without the
+start-up. Before each, memory for the page cache is touched and freed: a virtual machine's first touch of a page can
+cost more than the copy (here 2 s a GB, against 0.6 for ``cp``), and whichever came first would pay it for the others.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -32,12 +37,13 @@ from megatron_medgpt.config.schema import ModelConfig
 from megatron_medgpt.convert.gpt_oss import gpt_oss_table
 from megatron_medgpt.convert.hf_to_megatron import import_hf, model_shapes, plan_import
 from megatron_medgpt.convert.llava import published_language_config
+from megatron_medgpt.convert.mapped import TensorSpec
 from megatron_medgpt.convert.megatron_to_hf import export_hf
-from megatron_medgpt.convert.safetensor import SafetensorsWriter, TensorSpec
+from megatron_medgpt.convert.safetensor import SafetensorsWriter
 from megatron_medgpt.data.text import train_tokenizer
 
 
-def make_published(folder: Path, num_layers: int, experts: str) -> None:
+def make_published(folder: Path, num_layers: int, experts: Literal["plain", "mxfp4"]) -> None:
     """A GPT-oss folder of the 20B's width: random bytes as blocks, scales of ordinary size, small random weights."""
     language = replace(GPT_OSS_20B, num_layers=num_layers)
     config = ModelConfig(language=language)
@@ -68,13 +74,16 @@ def make_published(folder: Path, num_layers: int, experts: str) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def measure(name: str, command: list[str], read: Path, num_bytes: int, *, cold: bool) -> dict[str, float | str]:
+def measure(name: str, command: list[str], read: Path, num_bytes: int, *, cold: bool) -> dict[str, Any]:
     """Run a command and flush the disk; its seconds, rate and largest resident memory (of any of its processes).
 
     Args:
         read: folder that the command reads; dropped from the page cache first, or read first.
     """
     os.sync()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    touch = f"import numpy; numpy.empty({min(int(1.1 * num_bytes), free // 2)}, dtype='u1')[::4096] = 1"
+    subprocess.run([sys.executable, "-c", touch], check=True)
     for path in read.glob("*"):
         with open(path, "rb", buffering=0) as stream:
             if cold:
@@ -103,6 +112,10 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path).sha256 for path in folder.glob("*.safetensors")}
 
 
+def _median(rows: list[dict[str, Any]], what: str) -> float:
+    return statistics.median(row["seconds"] for row in rows if row["what"] == what)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with space for three copies")
@@ -111,11 +124,12 @@ def main() -> None:
     parser.add_argument("--unpack", action="store_true", help="MXFP4 to a bf16 checkpoint and back to MXFP4")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--state", choices=("cold", "warm"), action="append", help="both when not given")
+    parser.add_argument("--turns", type=int, default=1, help="measurements of each; the ratios are of their medians")
     parser.add_argument("--scarce", action="store_true", help="remove what was imported before the export; one --state")
     parser.add_argument("--step", choices=("make", "import", "export"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.scarce and (len(arguments.state or ()) != 1 or arguments.unpack):
-        parser.error("--scarce removes the published folder: it goes with one --state and without --unpack")
+    if arguments.scarce and (len(arguments.state or ()) != 1 or arguments.unpack or arguments.turns != 1):
+        parser.error("--scarce removes the published folder: it goes with one --state and turn, without --unpack")
     work, packed = arguments.work, arguments.dtype == "mxfp4" and not arguments.unpack
     source, start, out = work / f"published-{arguments.dtype}-{arguments.layers}", work / "checkpoint", work / "export"
     if arguments.step == "make":
@@ -144,7 +158,8 @@ def main() -> None:
     rows.append(measure("start-up", nothing, work / "tokenizer", 0, cold=False))
     copy = ["cp", "-r", str(source), str(copied)]
     expected = digests(source)
-    for cold in [state == "cold" for state in arguments.state or ("cold", "warm")]:
+    for state in [*(arguments.state or ("cold", "warm"))] * arguments.turns:
+        cold = state == "cold"
         rows.append(measure("cp", copy, source, num_bytes, cold=cold))
         shutil.rmtree(copied)
         rows.append(measure("hf-to-megatron", [*again, "import"], source, num_bytes, cold=cold))
@@ -156,9 +171,18 @@ def main() -> None:
         shutil.rmtree(start)
         if not same:
             raise SystemExit("what came out is not what went in")
+    ratios, started = {}, _median(rows, "start-up, warm")
+    for state in arguments.state or ("cold", "warm"):
+        middle = {what: _median(rows, f"{what}, {state}") for what in ("cp", "hf-to-megatron", "megatron-to-hf")}
+        ratios[state] = {
+            what: {"whole": round(middle["cp"] / seconds, 2), "started": round(middle["cp"] / (seconds - started), 2)}
+            for what, seconds in middle.items() if what != "cp"
+        }  # fmt: skip
+        print(json.dumps({"state": state, "of the rate of cp": ratios[state], "turns": arguments.turns}))
     result = {
         "gb": round(num_bytes / 1e9, 2), "dtype": arguments.dtype, "layers": arguments.layers,
-        "unpacked": arguments.unpack, "same_bytes_out": True, "rows": rows, "threads": arguments.threads,
+        "unpacked": arguments.unpack, "same_bytes_out": True, "rows": rows, "of_cp": ratios,
+        "threads": arguments.threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
         "own_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "language": asdict(GPT_OSS_20B)["hidden_size"],

@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_medgpt.checkpoint.load import load_checkpoint
 from megatron_medgpt.checkpoint.manifest import MANIFEST, hash_file, read_manifest, write_manifest
-from megatron_medgpt.checkpoint.metadata import METADATA
-from megatron_medgpt.checkpoint.tensors import COMMON
+from megatron_medgpt.checkpoint.metadata import COMMON, METADATA
 from megatron_medgpt.config.errors import UsageError
 
 

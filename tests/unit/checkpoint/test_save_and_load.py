@@ -15,14 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from sharded_example import SHAPES, blank, sharded, tensors, write
 
 from megatron_medgpt.checkpoint import ranks
-from megatron_medgpt.checkpoint.load import (
-    find_latest,
-    load_checkpoint,
-    load_rank_state,
-    read_facts,
-    resolve_checkpoint,
-    verify,
-)
+from megatron_medgpt.checkpoint.find import find_latest, read_facts, resolve_checkpoint, verify
+from megatron_medgpt.checkpoint.load import load_checkpoint, load_rank_state
 from megatron_medgpt.checkpoint.manifest import CheckpointFacts
 from megatron_medgpt.checkpoint.save import prune, save_checkpoint
 from megatron_medgpt.config.errors import UsageError, WorkError

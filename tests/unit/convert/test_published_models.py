@@ -16,7 +16,8 @@ from megatron_medgpt.convert.configuration import (
     vision_from_published,
 )
 from megatron_medgpt.convert.hf_to_megatron import plan_import
-from megatron_medgpt.convert.safetensor import DTYPE_NAMES, TensorSpec, read_json
+from megatron_medgpt.convert.mapped import TensorSpec
+from megatron_medgpt.convert.safetensor import DTYPE_NAMES, read_json
 from megatron_medgpt.convert.source import open_published
 from tests.published_models import CLIP, SIGLIP, random_weights, write_folder, write_gpt_oss, write_tower
 

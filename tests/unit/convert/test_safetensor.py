@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.convert.safetensor import INDEX, SafetensorsFolder, SafetensorsWriter, TensorSpec
+from megatron_medgpt.convert.mapped import TensorSpec
+from megatron_medgpt.convert.safetensor import INDEX, SafetensorsFolder, SafetensorsWriter
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).view(4, 6),

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels read and write."""
+ANY_FLOAT = (*FLOATS, torch.float64)
+"""What the references compute in too."""
 
 log = logging.getLogger("medgpt_kernels")
 _said: set[tuple[str, str, str]] = set()
@@ -91,6 +97,25 @@ def check_contiguous(**tensors: torch.Tensor) -> None:
         )
 
 
-def check_float(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    check(tensor.dtype in allowed, f"{name} is {str(tensor.dtype).removeprefix('torch.')}; allowed: {names}")
+def check_same_dtype(first: str, **tensors: torch.Tensor) -> None:
+    """All of the dtype of the one named ``first``."""
+    wanted = tensors[first].dtype
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype == wanted,
+            f"{name} is {_short(tensor.dtype)}, {first} {_short(wanted)}; they must be equal",
+        )
+
+
+def check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        check(0 < number < math.inf, f"{name}={number}; it must be greater than 0 and finite")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    names = ", ".join(map(_short, allowed))
+    check(tensor.dtype in allowed, f"{name} is {_short(tensor.dtype)}; allowed: {names}")

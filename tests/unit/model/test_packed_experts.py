@@ -128,8 +128,8 @@ def test_the_planner_counts_what_a_pass_in_fp8_makes_of_packed_experts(passes):
     stage = replace(STAGE, experts="packed", sequence_length=64)
     layout = make_layout(ParallelConfig(), model, 1)
     plain, fp8 = (
-        rank_memory(model, layout, stage, precision="bf16", recompute="none", pipeline_rank=0, experts_kernel=kernel)
-        for kernel in ("bf16", "fp8")
+        rank_memory(model, layout, stage, precision="bf16", recompute="none", pipeline_rank=0, kernels=chosen)
+        for chosen in (KernelConfig(experts="bf16"), KernelConfig(experts="fp8"))
     )
     assert fp8.workspace >= used and fp8.weights == plain.weights
 

@@ -171,8 +171,8 @@ def rank_memory(
         config, layout, stage, batch, bytes_per_value=b, recompute=recompute, pipeline_rank=pipeline_rank,
         routed_share=routed_share, attention=attention, kernels=kernels, packed=packed,
     )  # fmt: skip
-    if packed and not is_fused(kernels):  # one matrix of one expert is unpacked at a time
-        workspace += 2 * config.language.hidden_size * config.language.expert_hidden_size * b
+    if packed and not is_fused(kernels):  # one matrix of one expert at a time, as its blocks lie and transposed
+        workspace += 2 * 2 * config.language.hidden_size * config.language.expert_hidden_size * b
     return RankMemory(
         weights=int(weights), gradients=trained.total * GRADIENT_BYTES, optimizer=int(optimizer),
         activations=activations, workspace=workspace,
@@ -221,8 +221,8 @@ def _activation_bytes(
     workspace = _layer_backward_bytes(c, layout, stage, batch, bytes_per_value, routed_share, kernels)
     if kernels.experts == "fp8" or (kernels.experts == "mxfp4" and not packed):
         scratch = fp8_scratch_bytes if kernels.experts == "fp8" else mxfp4_scratch_bytes
-        made, used = scratch(c, layout.expert, bytes_per_value)
-        workspace = max(made, workspace + used)
+        at_making, in_use = scratch(c, layout.expert, bytes_per_value)
+        workspace = max(at_making, workspace + in_use)
     if recompute == "layer":
         workspace += whole
     if 0 in chunks:

@@ -111,7 +111,7 @@ def test_a_call_that_cannot_be_served_is_refused_by_name():
     given = inputs(*cases.SMALL[0], dtype=torch.float32, norm=False)
     at = placed(2, 4, 1)
     args = [given[name] for name in ("features", "w1", "b1", "w2", "b2")]
-    with pytest.raises(ValueError, match="text_SBH is torch"):
+    with pytest.raises(ValueError, match="text_SBH is bfloat16"):
         op.project_into(given["text"].bfloat16(), args[0], at, *args[1:])
     with pytest.raises(ValueError, match="weight_1 has 23 columns"):
         op.project_into(given["text"], args[0], at, args[1][:, 1:], *args[2:])

@@ -133,8 +133,11 @@ def test_formats_and_packing_change_the_planned_memory_as_the_modules_allocate()
     matrices = 32 * 3 * 2880 * 2880
     assert bf16.weights == fp8.weights == mxfp4.weights
     scales = 32 * 23 * (45 + 23) * 4
-    gradients = activations.padded_rows(4096 * 4, 32) * 2 * 2880  # of the pre-activation, as E4M3
+    rows = activations.padded_rows(4096 * 4, 32)
+    gradients = rows * 2 * 2880  # of the pre-activation, as E4M3
     assert fp8.workspace - bf16.workspace == matrices + scales + gradients
-    assert mxfp4.workspace - bf16.workspace == matrices * 17 // 32
+    layer = rows * (2880 + 3 * 2880) * 2  # gradients of a layer's rows
+    making = 2 * matrices // 3 * (2 + 17 / 32)  # gate and up, transposed, beside their blocks
+    assert mxfp4.workspace - bf16.workspace == making - layer > matrices * 17 // 32
     assert bf16.weights - packed.weights == 24 * (2 * matrices - matrices * 17 // 32)
     assert packed.workspace == bf16.workspace  # decoded inside the product

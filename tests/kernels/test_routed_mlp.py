@@ -74,7 +74,7 @@ def fused(experts: torch.Tensor, num_experts: int, device, *, limit: float = LIM
 @pytest.mark.parametrize(
     ("name", "dtype", "schedule"),
     [("zipf", torch.float32, "triton"), ("zipf", torch.bfloat16, "triton"), ("some experts empty", torch.float32, "triton"),
-     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"),
+     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"), ("zipf", torch.bfloat16, "tma-4-stages"),
      ("some experts empty", torch.float32, "tma-persistent"), ("one takes everything", torch.bfloat16, "tma-persistent")],
 )  # fmt: skip
 def test_forward_and_every_gradient(name, dtype, schedule, device):
@@ -183,6 +183,29 @@ def test_packed_mxfp4_experts_are_the_plain_ones_with_the_same_numbers(dtype, sc
 
 
 @needs_triton
+@pytest.mark.parametrize("schedule", ["triton", "tma-4-stages"])
+def test_weights_that_learn_in_mxfp4_are_the_plain_ones_rounded_and_their_gradients_pass_straight_through(
+    schedule, device
+):
+    """Bit for bit: the products multiply what MXFP4 holds, and no rounding stands between a gradient and its weight."""
+    T, H, F, E, K = cases.SMALL[0]
+    experts = cases.choices("zipf", T, E, K)
+    given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=5, device=device)
+    rounded, _ = packed_experts(given)
+    ours = outcome(fused(experts, E, device, schedule=schedule, precision="mxfp4"), given)
+    plain = outcome(fused(experts, E, device, schedule=schedule), rounded)
+    for a, b in zip(ours, plain):
+        assert_bitwise(a, b)
+    reference_of = outcome(
+        lambda *a: routed_reference.routed_mlp(*a[:2], experts.to(device), *a[2:], limit=LIMIT, precision="mxfp4"),
+        given,
+    )
+    exact = outcome(by_autograd(experts.to(device)), in_fp64(rounded))
+    for a, b, c in zip(ours, reference_of, exact):
+        assert_as_close_as_torch(a, b, c)
+
+
+@needs_triton
 def test_mxfp4_in_e4m3_is_the_fp8_layer_on_the_same_numbers(device):
     T, H, F, E, K = cases.SMALL[0]
     experts = cases.choices("zipf", T, E, K)
@@ -220,7 +243,7 @@ def test_weight_gradients_accumulate_over_micro_batches(device):
 
 
 @needs_triton
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "mxfp4"])
 def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(precision, device):
     T, H, F, E, K = cases.SMALL[0]
     given = cases.inputs(T, H, F, E, K, dtype=torch.bfloat16, seed=8, device=device)

@@ -88,9 +88,15 @@ def check_axes(name: str, tensor: torch.Tensor, axes: str) -> None:
 
 def check_contiguous(**tensors: torch.Tensor) -> None:
     """All on one device and contiguous."""
-    first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check(tensor.is_contiguous(), f"{name} is not contiguous (strides {tensor.stride()}); call .contiguous()")
+    check_devices(**tensors)
+
+
+def check_devices(**tensors: torch.Tensor) -> None:
+    """All on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
         check(
             tensor.device == first.device,
             f"{name} is on {tensor.device}, {first_name} on {first.device}; all must be on one device",

@@ -14,23 +14,39 @@ import pytest
 import torch
 from medgpt_kernels.mx import reference as mx
 
-from megatron_medgpt.config.schema import KernelConfig, ParallelConfig
-from megatron_medgpt.demo import FULL, QUICK, demo_config, make_study
+from megatron_medgpt.config.schema import BlendConfig, KernelConfig, ParallelConfig, RunConfig
+from megatron_medgpt.data.text import train_tokenizer
+from megatron_medgpt.demo import _texts as texts_of
+from megatron_medgpt.ingest.command import run_ingest
+from megatron_medgpt.ingest.phantom_study import make_phantoms
 from megatron_medgpt.observe.metrics import read_metrics
+from megatron_medgpt.recipes import recipe
+from megatron_medgpt.recipes.demo import VOCAB_SIZE
 from megatron_medgpt.train.command import train_here
 
 WHOLE = os.environ.get("MEDGPT_FORMATS") == "all"
+
+
+def captions_of_phantoms(folder: Path) -> RunConfig:
+    """The demo's run with its first stage's data, made as the demo makes them."""
+    files = make_phantoms(folder / "phantoms", num_train=4000 if WHOLE else 64, num_validation=1, num_test=1)
+    tokenizer, captions = folder / "tokenizer", folder / "captions"
+    train_tokenizer(texts_of(files.train_captions, files.train_dialogues), tokenizer, vocab_size=VOCAB_SIZE)
+    run_ingest([files.train_captions], out=captions, tokenizer=tokenizer)
+    demo = recipe("demo")
+    align = replace(demo.stages[0], data=(BlendConfig(path=str(captions)),), validation_data=(), validation_interval=0)
+    return replace(demo, tokenizer=str(tokenizer), stages=(replace(align, parallel=ParallelConfig()),))
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
     """Loss of every step by number format, of runs that differ in nothing else."""
     folder = tmp_path_factory.mktemp("formats")
-    demo = demo_config(folder, make_study(folder, FULL if WHOLE else QUICK), quick=False)
-    stage = replace(demo.stages[0], parallel=ParallelConfig(), validation_data=(), validation_interval=0)
+    demo = captions_of_phantoms(folder)
+    stage = demo.stages[0]
     if not WHOLE:
         rates = replace(stage.optimizer, schedule=replace(stage.optimizer.schedule, warmup_steps=2))
-        stage = replace(stage, num_steps=12, global_batch_rows=4, optimizer=rates)
+        stage = replace(stage, num_steps=10, micro_batch_rows=2, global_batch_rows=2, optimizer=rates)
     curves = {}
     for name in ("grouped", "fp8", "mxfp4"):
         run = replace(demo, out=str(folder / name), stages=(stage,), kernels=KernelConfig(experts=name))

@@ -13,6 +13,7 @@ from medgpt_kernels.dispatch import (
     check,
     check_axes,
     check_contiguous,
+    check_devices,
     check_dtype,
     check_same_dtype,
     check_shape,
@@ -32,7 +33,7 @@ def check_projection(rows: dict[str, Tensor], weight: dict[str, Tensor], bias: d
     check_shape(bias_name, bias_EN, (weight_EKN.shape[0], weight_EKN.shape[2]))
     check_dtype(name, rows_MK, ANY_FLOAT)
     check_same_dtype(name, **rows, **weight, **bias)
-    check_contiguous(**rows, **weight, **bias)
+    check_devices(**rows, **weight, **bias)
 
 
 def check_rows(name: str, rows_MI: Tensor, width: int, counts: Sequence[int], num_experts: int) -> None:

@@ -16,7 +16,7 @@ from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
 from medgpt_kernels.dispatch import (
     ANY_FLOAT,
     check,
-    check_contiguous,
+    check_devices,
     check_dtype,
     check_positive,
     check_same_dtype,
@@ -108,7 +108,7 @@ def packed_mlp(
         )
         check_shape(bias_name, bias, stack.sizes[::2])
         check_same_dtype("rows_MH", rows_MH=rows_MH, **{bias_name: bias})
-        check_contiguous(**{"rows_MH": rows_MH, f"{name}.blocks": stack.blocks, bias_name: bias})
+        check_devices(**{"rows_MH": rows_MH, f"{name}.blocks": stack.blocks, bias_name: bias})
     check_rows("rows_MH", rows_MH, gate_up.sizes[1], counts, gate_up.sizes[0])
     check_pair({"gate_up": gate_up.sizes}, {"down": down.sizes})
     check_positive(limit=limit)

@@ -32,7 +32,7 @@ def captions_of_phantoms(folder: Path) -> RunConfig:
     files = make_phantoms(folder / "phantoms", num_train=4000 if WHOLE else 64, num_validation=1, num_test=1)
     tokenizer, captions = folder / "tokenizer", folder / "captions"
     train_tokenizer(texts_of(files.train_captions, files.train_dialogues), tokenizer, vocab_size=VOCAB_SIZE)
-    run_ingest([files.train_captions], out=captions, tokenizer=tokenizer)
+    run_ingest([files.train_captions], out=captions, tokenizer=tokenizer, workers=1)
     demo = recipe("demo")
     align = replace(demo.stages[0], data=(BlendConfig(path=str(captions)),), validation_data=(), validation_interval=0)
     return replace(demo, tokenizer=str(tokenizer), stages=(replace(align, parallel=ParallelConfig()),))
@@ -46,7 +46,7 @@ def losses(tmp_path_factory):
     stage = demo.stages[0]
     if not WHOLE:
         rates = replace(stage.optimizer, schedule=replace(stage.optimizer.schedule, warmup_steps=2))
-        stage = replace(stage, num_steps=10, micro_batch_rows=2, global_batch_rows=2, optimizer=rates)
+        stage = replace(stage, num_steps=8, micro_batch_rows=2, global_batch_rows=2, optimizer=rates)
     curves = {}
     for name in ("grouped", "fp8", "mxfp4"):
         run = replace(demo, out=str(folder / name), stages=(stage,), kernels=KernelConfig(experts=name))

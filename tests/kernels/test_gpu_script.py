@@ -54,17 +54,18 @@ def test_a_rehearsal_measures_its_cases_and_a_second_call_repeats_nothing(tmp_pa
 
 
 @needs_triton
-def test_what_was_measured_is_kept_and_what_no_longer_fits_is_left_to_the_next_call(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_what_was_measured_is_kept_and_what_no_longer_fits_is_left_to_the_next_call(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import bench
 
-    def bench(kinds: str, seconds: str) -> tuple[int, list[str]]:
-        command = [sys.executable, str(ROOT / "kernels" / "bench.py"), "--tiny", "--out", str(tmp_path)]
-        command += ["--only", kinds, "--seconds", seconds]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        return done.returncode, [r["key"] for r in json.loads((tmp_path / "bench.json").read_text())["results"]]
+    def measure(kinds: str, seconds: str) -> tuple[int, list[str]]:
+        options = ["--tiny", "--out", str(tmp_path), "--only", kinds, "--seconds", seconds, "--commit", "this"]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+        code = bench.main()
+        return code, [r["key"] for r in json.loads((tmp_path / "bench.json").read_text())["results"]]
 
-    assert bench("conversions", "100") == (0, ["conversions tiny"])
-    assert bench("conversions,projector", "0") == (75, ["conversions tiny"])
+    assert measure("conversions", "100") == (0, ["conversions tiny"])
+    assert measure("conversions,projector", "0") == (bench.LEFT_OUT, ["conversions tiny"])
 
 
 def test_every_peer_that_a_cpu_can_run_gives_the_right_answer(monkeypatch):

@@ -19,7 +19,7 @@ PYTEST ?= -m pytest -n 2 --dist loadscope
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test twins lock
-.PHONY: convert-bench convert-matrix fuzz chat-test gpu-rehearsal
+.PHONY: convert-bench convert-matrix fuzz chat-test gpu-rehearsal formats
 
 setup: $(VENV)/ready
 
@@ -101,6 +101,11 @@ fuzz: setup
 chat-test: setup
 	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6.31' $(PIP_ARGS)
 	@PYTHONPATH=build/chat-packages $(BIN)/python -m pytest tests/unit/chat
+
+# The demo's first stage with experts unrounded, in FP8 and in MXFP4: how far the loss curves come apart (a quarter of an
+# hour).
+formats: setup
+	@MEDGPT_FORMATS=all $(BIN)/python -m pytest tests/flow/test_kernel_formats.py -rP --timeout 7200
 
 # Everything tools/gpu/verify.sh does, in a tiny form without a GPU.
 gpu-rehearsal: setup

@@ -6,7 +6,8 @@
 Variants of a case take turns, iteration by iteration, on random data; the median and the 90th percentile are reported,
 and FLOPs count unpadded rows. The ceilings (copy bandwidth, bf16 and fp8 products) are taken in the same run. Every
 variant's output is compared with the reference before it is timed: no speed is reported for a wrong answer. Cases that
-no longer fit in ``--seconds`` are named, not dropped silently. ``--tiny`` runs every path at toy size, also on a CPU.
+no longer fit in ``--seconds`` are counted, and the exit code is 75: another call with the same ``--out`` and commit
+measures those alone. ``--tiny`` runs every path at toy size, also on a CPU.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.grouped_mlp import cases as mlp_cases
 from medgpt_kernels.projector import cases as projector_cases
 
+LEFT_OUT = 75
+"""Exit code where time ran out, EX_TEMPFAIL."""
 KINDS = ("moe", "schedules", "products", "frozen", "conversions", "movement", "projector")
 
 
@@ -71,6 +74,7 @@ def main() -> int:
         "--only", help="kinds of cases, by commas: moe schedules products frozen conversions movement projector"
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, one iteration: proves that every path runs")
+    parser.add_argument("--commit", default="", help="what is measured; the checkout's HEAD when not given")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refusal = triton_refusal(torch.empty(0, device=device))
@@ -81,56 +85,71 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.seconds
     clock = Clock(device, args.tiny, deadline)
-    plan = [(kind, case) for kind, case in cases(clock, args) if not args.only or kind in args.only.split(",")]
+    plan = [case for case in cases(clock, args) if not args.only or case[0] in args.only.split(",")]
     ceiling = ceilings(clock, args.tiny)
-    results, left_out, failed = [], 0, 0
-    for kind, case in plan:
+    results, left_out, failed = measured_before(args.out, args.commit), 0, 0
+    done = {result["key"] for result in results}
+    for kind, key, case in plan:
+        if key in done:
+            continue
         if time.monotonic() > deadline:
             left_out += 1
             continue
         try:
-            results.append(case())
+            results.append({"key": key, **case()})
         except Exception as error:  # a failed case is named, and the others are still measured
             failed += not isinstance(error, torch.OutOfMemoryError)
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            results.append({"case": f"{kind}, failed", "forward": {"all": {"not_run": why}}})
+            results.append({"key": key, "case": f"{kind}, failed", "forward": {"all": {"not_run": why}}})
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        write(args.out, results, ceiling, left_out)
-    write(args.out, results, ceiling, left_out)
+        write(args.out, results, ceiling, left_out, args.commit)
+    write(args.out, results, ceiling, left_out, args.commit)
     print(report(results, ceiling))
     print(f"{left_out} cases did not fit in {args.seconds:g} s; {failed} failed")
-    return 1 if failed else 0
+    return 1 if failed else LEFT_OUT if left_out else 0
 
 
-def cases(clock: Clock, args: argparse.Namespace) -> list[tuple[str, Callable[[], dict]]]:
-    """What is measured, the most wanted first."""
+def measured_before(out: pathlib.Path, commit: str) -> list[dict]:
+    """What an earlier call measured of this commit on this kind of machine, failed cases left out."""
+    path = out / "bench.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"machine": {}, "results": []}
+    if any(found["machine"].get(name) != machine(commit)[name] for name in ("device", "torch", "commit")):
+        return []
+    return [result for result in found["results"] if not result["case"].endswith(", failed")]
+
+
+def cases(clock: Clock, args: argparse.Namespace) -> list[tuple[str, str, Callable[[], dict]]]:
+    """What is measured, the most wanted first: kind, name, and the call."""
     if args.tiny:
-        return [
-            ("schedules", lambda: schedules_case(clock, (64, 32, 3, 2), 24, True)),
-            ("moe", lambda: moe_case(clock, (40, 24, 3, 2), 48, "zipf", True)),
-            ("products", lambda: products_case(clock, (64, 32, 3, 2), 24, True)),
-            ("frozen", lambda: frozen_case(clock, (64, 32, 3, 2), 24, True)),
-            ("conversions", lambda: conversion_case(clock, (1, 16, 64))),
-            ("movement", lambda: movement_case(clock, 48, 40, 3, 2, True)),
-            ("projector", lambda: projector_case(clock, "tiny", (1, 4, 2, 16, 24, 32))),
-        ]
+        tiny = {
+            "schedules": lambda: schedules_case(clock, (64, 32, 3, 2), 24, True),
+            "moe": lambda: moe_case(clock, (40, 24, 3, 2), 48, "zipf", True),
+            "products": lambda: products_case(clock, (64, 32, 3, 2), 24, True),
+            "frozen": lambda: frozen_case(clock, (64, 32, 3, 2), 24, True),
+            "conversions": lambda: conversion_case(clock, (1, 16, 64)),
+            "movement": lambda: movement_case(clock, 48, 40, 3, 2, True),
+            "projector": lambda: projector_case(clock, "tiny", (1, 4, 2, 16, 24, 32)),
+        }
+        return [(kind, f"{kind} tiny", case) for kind, case in tiny.items()]
     shapes, tokens = args.shapes.split(","), [int(t) for t in args.tokens.split(",")]
     moe = [
-        ("moe", lambda s=s, t=t, r=r: moe_case(clock, mlp_cases.BENCH[s], t, r, False))
+        ("moe", f"moe {s} T={t} {r}", lambda s=s, t=t, r=r: moe_case(clock, mlp_cases.BENCH[s], t, r, False))
         for t in tokens
         for s in shapes
         for r in ("balanced", "zipf")
     ]
+    shape = mlp_cases.BENCH["20b"]
     others = [
-        ("products", lambda: products_case(clock, mlp_cases.BENCH["20b"], 8192, False)),
-        ("frozen", lambda: frozen_case(clock, mlp_cases.BENCH["20b"], 8192, False)),
-        ("conversions", lambda: conversion_case(clock, (32, 5760, 2880))),
-        ("movement", lambda: movement_case(clock, 8192, 2880, 32, 4, False)),
-        *(("projector", lambda n=n, s=s: projector_case(clock, n, s)) for n, s in projector_cases.BENCH.items()),
-    ]
-    schedules = ("schedules", lambda: schedules_case(clock, mlp_cases.BENCH["20b"], 8192, False))
+        ("products", "products 20b", lambda: products_case(clock, shape, 8192, False)),
+        ("frozen", "frozen 20b", lambda: frozen_case(clock, shape, 8192, False)),
+        ("conversions", "conversions 20b", lambda: conversion_case(clock, (32, 5760, 2880))),
+        ("movement", "movement 20b", lambda: movement_case(clock, 8192, 2880, 32, 4, False)),
+        *(("projector", f"projector {n}", lambda n=n, s=s: projector_case(clock, n, s))
+          for n, s in projector_cases.BENCH.items()),
+    ]  # fmt: skip
+    schedules = ("schedules", "schedules 20b", lambda: schedules_case(clock, shape, 8192, False))
     return [*moe[:1], schedules, *others, *moe[1:]]
 
 
@@ -139,15 +158,18 @@ def report(results: list[dict], ceiling: dict[str, float]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write(out: pathlib.Path, results: list[dict], ceiling: dict[str, float], left_out: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {
+def machine(commit: str) -> dict[str, str]:
+    commit = commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit,
     }  # fmt: skip
+
+
+def write(out: pathlib.Path, results: list[dict], ceiling: dict[str, float], left_out: int, commit: str) -> None:
     goals.add_fractions(results, ceiling)
     found = {
-        "machine": machine, "ceilings": ceiling, "goals": goals.judge(results, ceiling), "left_out": left_out,
+        "machine": machine(commit), "ceilings": ceiling, "goals": goals.judge(results, ceiling), "left_out": left_out,
         "results": results,
     }  # fmt: skip
     (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")

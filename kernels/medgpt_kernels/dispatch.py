@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels read and write."""
+ANY_FLOAT = (*FLOATS, torch.float64)
+"""What the references compute in too."""
 
 log = logging.getLogger("medgpt_kernels")
 _said: set[tuple[str, str, str]] = set()
@@ -82,15 +88,40 @@ def check_axes(name: str, tensor: torch.Tensor, axes: str) -> None:
 
 def check_contiguous(**tensors: torch.Tensor) -> None:
     """All on one device and contiguous."""
-    first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check(tensor.is_contiguous(), f"{name} is not contiguous (strides {tensor.stride()}); call .contiguous()")
+    check_devices(**tensors)
+
+
+def check_devices(**tensors: torch.Tensor) -> None:
+    """All on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
         check(
             tensor.device == first.device,
             f"{name} is on {tensor.device}, {first_name} on {first.device}; all must be on one device",
         )
 
 
-def check_float(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    check(tensor.dtype in allowed, f"{name} is {str(tensor.dtype).removeprefix('torch.')}; allowed: {names}")
+def check_same_dtype(first: str, **tensors: torch.Tensor) -> None:
+    """All of the dtype of the one named ``first``."""
+    wanted = tensors[first].dtype
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype == wanted,
+            f"{name} is {_short(tensor.dtype)}, {first} {_short(wanted)}; they must be equal",
+        )
+
+
+def check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        check(0 < number < math.inf, f"{name}={number}; it must be greater than 0 and finite")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    names = ", ".join(map(_short, allowed))
+    check(tensor.dtype in allowed, f"{name} is {_short(tensor.dtype)}; allowed: {names}")

@@ -29,6 +29,9 @@ def demo(
 def plan(
     model: Annotated[str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a YAML with a model section.")],
     gpus: Annotated[int, typer.Option(help="Number of GPUs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Kernels, as kernels.field=value (kernels.experts=fp8).")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="Kind of the GPUs: h100, h200, b200 ...")] = "h200",
     vision: Annotated[
         str | None, typer.Option(help="Encoder of a model preset: clip-l-14-336 (when not given) or medsiglip-448.")
@@ -60,13 +63,14 @@ def plan(
 ) -> None:
     """Layouts that fit a number of GPUs: memory per stage, step time, and why the others do not.
 
-    Example: `medgpt plan --model gpt-oss-20b --gpus 8 --gpu h200`
+    Example: `medgpt plan --model gpt-oss-20b --gpus 8 --gpu h200 kernels.experts=fp8 kernels.loss=chunked`
     """
     from megatron_medgpt.parallel.plan_command import run_plan
 
     typer.echo(
         run_plan(
             model,
+            overrides or [],
             gpus=gpus,
             gpu=gpu,
             vision=vision,

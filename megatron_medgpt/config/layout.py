@@ -38,6 +38,10 @@ class KernelConfig:
     """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded
     to MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
     ``grouped``, PyTorch's products, until the fused ones have been measured on a GPU."""
+    expert_schedule: Literal["auto", "triton", "tma", "tma-4-stages", "tma-persistent"] = "auto"
+    """How the fused experts' products are launched (``kernels/README.md``): the sums are the same. ``auto`` is
+    ``triton`` until another has been measured to be faster on a GPU. The others need ``experts`` bf16, fp8 or mxfp4 and
+    Hopper."""
     expert_gradients: Literal["auto", "autograd", "direct"] = "auto"
     """``direct`` (``auto``) writes gradients of expert weights into the optimizer's buffer expert by expert;
     ``autograd`` makes them for all experts of a layer and then adds them. On a CPU the bits are the same."""
@@ -58,6 +62,7 @@ class KernelConfig:
         choices = {
             "attention": ("auto", "reference", "flex"),
             "experts": ("auto", "reference", "grouped", "bf16", "fp8", "mxfp4"),
+            "expert_schedule": ("auto", "triton", "tma", "tma-4-stages", "tma-persistent"),
             "expert_gradients": ("auto", "autograd", "direct"),
             "router": ("auto", "reference", "fused"),
             "permute": ("auto", "engine", "fused"),
@@ -70,6 +75,11 @@ class KernelConfig:
                 getattr(self, name) in allowed,
                 f"kernels.{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}",
             )
+        require(
+            self.expert_schedule == "auto" or self.experts in ("bf16", "fp8", "mxfp4"),
+            f"kernels.expert_schedule={self.expert_schedule} launches the fused experts, which "
+            f"kernels.experts={self.experts} does not use; set kernels.experts to bf16, fp8 or mxfp4",
+        )
         require(
             self.permute != "fused" or self.experts in ("bf16", "fp8", "mxfp4"),
             f"kernels.permute=fused gives the experts rows in any order, which kernels.experts={self.experts} does not "

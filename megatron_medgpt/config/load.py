@@ -87,7 +87,7 @@ def override_run(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def run_from_tree(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Build a ``RunConfig`` from a plain tree, strictly."""
-    merged = _apply_overrides(dict(tree), overrides)
+    merged = apply_overrides(dict(tree), overrides)
     return build(RunConfig, merged, where="")
 
 
@@ -166,7 +166,8 @@ def _from_preset(hint: Any, value: Any, where: str) -> Any:
     return build(hint, {**to_tree(known[name]), **fields}, where)
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A plain tree with ``section.field=value`` set in it."""
     config = OmegaConf.create(tree)
     for text in overrides:
         key, equals, raw = text.partition("=")

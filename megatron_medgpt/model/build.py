@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from medgpt_kernels.grouped_mlp import launch
 from torch import nn
 
 from megatron_medgpt.config.errors import UsageError
@@ -72,7 +73,29 @@ def check_kernels(kernels: KernelConfig, model: ModelConfig, device: torch.devic
         UsageError: names the field, and what serves.
     """
     attention_on(device, kernels)
-    expert_products(kernels.experts, model.language.hidden_size, model.language.expert_hidden_size)
+    widths = (model.language.hidden_size, model.language.expert_hidden_size)
+    expert_products(kernels.experts, *widths)
+    if kernels.expert_schedule != "auto":
+        refusal = launch.refusal(
+            kernels.expert_schedule, torch.empty(0, device=device), widths, 1 if kernels.experts == "fp8" else 2
+        )
+        if refusal is not None:
+            raise UsageError(f"kernels.expert_schedule={kernels.expert_schedule}: {refusal}; set it to auto")
+
+
+def kernel_choices(kernels: KernelConfig, device: torch.device) -> dict[str, str]:
+    """What computes each slot of a model on a device, by the fields of ``kernels``: what ``auto`` means there."""
+    of_auto = {
+        "attention": attention_on(device, kernels), "experts": "grouped", "expert_schedule": "triton",
+        "expert_gradients": "direct", "router": "reference", "permute": "engine", "projector": "reference",
+        "loss": "whole",
+    }  # fmt: skip
+    found = {name: of_auto[name] if chosen == "auto" else chosen for name, chosen in vars(kernels).items()}
+    if kernels.experts not in ("bf16", "fp8", "mxfp4"):
+        del found["expert_schedule"]
+    elif device.type == "cpu" and kernels.expert_schedule == "auto":
+        found["expert_schedule"] = "plain PyTorch"
+    return found
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from medgpt_kernels.grouped_mlp import op, reference, routed, routed_reference
 from medgpt_kernels.grouped_mlp.packed import PackedStack
-from medgpt_kernels.mx.op import check_scales, fake_quantise_mxfp4
+from medgpt_kernels.mx.op import check_scales
 from medgpt_kernels.mx.reference import MX_BLOCK
 from medgpt_kernels.route import op as route
 from torch import Tensor, nn
@@ -117,9 +117,10 @@ class Router(MegatronModule):
             dist.all_reduce(totals, group=self.tp_group)
         num_tokens = totals[-1].clamp(min=1)
         share_E = totals[:-1] / (num_tokens * self.config.moe_router_topk)
-        probs_E = (torch.softmax(logits_TE, dim=-1) * kept_T[:, None]).sum(0) / num_tokens
-        balance_loss = self.config.num_moe_experts * (share_E * probs_E).sum()
-        z_loss = (torch.logsumexp(logits_TE, dim=-1).square() * kept_T).sum() / num_tokens
+        balance_loss, z_loss = route.losses(
+            logits_TE, share_E, kept_T, num_tokens,
+            implementation="triton" if self.config.router_kernel == "fused" and logits_TE.is_cuda else "reference",
+        )  # fmt: skip
         with torch.no_grad():
             self.losses += torch.stack([balance_loss, z_loss]).double() * self.rows.num_targets
         added = (balance * balance_loss + z * z_loss) * self.rows.num_targets
@@ -188,7 +189,8 @@ class GroupedExperts(RankExperts):
         self.down = self.empty_parameter(inner, hidden)
         self.down_bias = self.empty_parameter(hidden)
         direct = self.config.expert_gradients in ("auto", "direct")
-        self._mlp = expert_products(self.config.experts_kernel, hidden, inner, direct=direct)
+        schedule = self.config.expert_schedule
+        self._mlp = expert_products(self.config.experts_kernel, hidden, inner, direct=direct, schedule=schedule)
 
     def forward(
         self, rows_MH: Tensor, tokens_per_expert: Tensor | Sequence[int] | RoutedRows, weights_M: Tensor
@@ -246,12 +248,15 @@ def split_over_experts(
     }
 
 
-def expert_products(name: str, hidden: int, inner: int, *, direct: bool = False) -> Callable[..., Tensor]:
+def expert_products(
+    name: str, hidden: int, inner: int, *, direct: bool = False, schedule: str = "auto"
+) -> Callable[..., Tensor]:
     """The function of (rows, tokens per expert, weights, gate_up, its bias, down, its bias) that a kernel name means.
 
     Args:
         direct: gradients of weights that have a ``main_grad`` are written there
             (``medgpt_kernels.grouped_mlp.weight_grads``); the plain reference leaves them to autograd.
+        schedule: of the fused layer's products (``medgpt_kernels.grouped_mlp.launch.SCHEDULES``).
 
     Raises:
         UsageError: MXFP4 blocks of 32 do not fit the expert's sizes.
@@ -266,8 +271,7 @@ def expert_products(name: str, hidden: int, inner: int, *, direct: bool = False)
                 raise UsageError(
                     f"kernels.experts=mxfp4 needs model.language.{of} to divide by {MX_BLOCK}; it is {size}"
                 )
-        return _mxfp4
-    return partial(routed_rows, precision=name, direct=direct)
+    return partial(routed_rows, precision=name, direct=direct, schedule=schedule)
 
 
 def _counted(
@@ -289,21 +293,22 @@ def experts_of_rows(tokens_per_expert: Tensor | Sequence[int]) -> Tensor:
 
 def routed_rows(
     rows_MH: Tensor, tokens_per_expert: Any, weights: Tensor, *weights_and_biases: Any, limit: float, precision: str,
-    direct: bool = False,
+    direct: bool = False, schedule: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """The fused layer, for sorted rows (a token of its own each) and for ``RoutedRows``. Plain PyTorch on a CPU."""
+    """The fused layer, for sorted rows (a token of its own each) and for ``RoutedRows``. Plain PyTorch on a CPU, but
+    where a schedule is named: Triton's interpreter serves it, or it is refused."""
     by_slot = isinstance(tokens_per_expert, RoutedRows)
     weights_TK = weights if by_slot else weights[:, None]
     options = {"limit": limit, "direct": direct}
-    if not rows_MH.is_cuda:
+    if not rows_MH.is_cuda and schedule == "auto":
         experts_TK = tokens_per_expert.experts_TK if by_slot else experts_of_rows(tokens_per_expert)
         return routed_reference.routed_mlp(
-            rows_MH, weights_TK, experts_TK, *weights_and_biases, fp8=precision == "fp8", **options
+            rows_MH, weights_TK, experts_TK, *weights_and_biases, precision=precision, **options
         )
     index = row_index(rows_MH, tokens_per_expert, weights_and_biases)
     return routed.routed_mlp(
         rows_MH.contiguous(), weights_TK.float().contiguous(), index, *weights_and_biases, precision=precision,
-        implementation="triton", **options,
+        implementation="triton" if schedule == "auto" else schedule, **options,
     )  # fmt: skip
 
 
@@ -314,15 +319,3 @@ def row_index(rows_MH: Tensor, tokens_per_expert: Any, weights_and_biases: Seque
         return route.index(tokens_per_expert.experts_TK.contiguous(), num_experts, implementation="triton")
     counts_E = torch.as_tensor(tokens_per_expert).to(rows_MH.device, non_blocking=True)
     return route.index_sorted(counts_E, rows_MH.shape[0], implementation="triton")
-
-
-def _mxfp4(rows_MH, tokens_per_expert, weights_M, gate_up, gate_up_bias, down, down_bias, *, limit: float) -> Tensor:
-    """Weights as MXFP4 holds them, in blocks along the axis that the product sums over."""
-
-    def rounded(w_EKN: Tensor) -> Tensor:
-        return fake_quantise_mxfp4(w_EKN.transpose(1, 2)).transpose(1, 2).contiguous()
-
-    weights = (rounded(gate_up), gate_up_bias, rounded(down), down_bias)
-    if rows_MH.is_cuda or isinstance(tokens_per_expert, RoutedRows):
-        return routed_rows(rows_MH, tokens_per_expert, weights_M, *weights, limit=limit, precision="bf16")
-    return _counted(op.grouped_mlp, rows_MH, tokens_per_expert, weights_M, *weights, limit=limit)

@@ -31,6 +31,7 @@ class EngineConfig(TransformerConfig):
     sliding_window: int = 128
     swiglu_limit: float = 7.0
     experts_kernel: str = "auto"
+    expert_schedule: str = "auto"
     dispatch_payload: str = "bf16"
     permute: str = "auto"
     router_kernel: str = "auto"
@@ -70,7 +71,8 @@ def engine_config(
         perform_initialization=False, calculate_per_token_loss=True,
         sliding_window=language.sliding_window, swiglu_limit=language.swiglu_limit, experts_kernel=kernels.experts,
         dispatch_payload=kernels.dispatch, permute=kernels.permute, router_kernel=kernels.router,
-        expert_gradients=kernels.expert_gradients, packed_experts=packed_experts,
+        expert_gradients=kernels.expert_gradients, expert_schedule=kernels.expert_schedule,
+        packed_experts=packed_experts,
         recompute_layers=recompute == "layer", router_balance_coefficient=router_balance_coefficient,
         router_z_coefficient=router_z_coefficient,
     )  # fmt: skip

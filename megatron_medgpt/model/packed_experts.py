@@ -46,7 +46,7 @@ class PackedExperts(RankExperts):
         for name, shape in packed_shapes(self.num_local_experts, hidden, inner).items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=current_device()))
         self.gate_up_bias, self.down_bias = self.empty_parameter(2 * inner), self.empty_parameter(hidden)
-        self._mlp = packed_products(self.config.experts_kernel)
+        self._mlp = packed_products(self.config.experts_kernel, self.config.expert_schedule)
         self._checked = False
 
     def forward(self, rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor) -> tuple[Tensor, None]:
@@ -96,40 +96,32 @@ class PackedExperts(RankExperts):
         self._checked = False
 
 
-def packed_products(name: str) -> Callable[..., Tensor]:
+def packed_products(name: str, schedule: str = "auto") -> Callable[..., Tensor]:
     """The function of (rows, tokens per expert, weights, gate_up, its bias, down, its bias) that a kernel name means
     for packed stacks. ``mxfp4``, which rounds weights that learn, would round these to themselves."""
     if name in ("auto", "grouped", "reference"):
         return _by_expert
-    if name == "mxfp4" and current_device().type == "cpu":
-        return _by_expert_or_slot
-    return partial(_routed, fp8=name == "fp8")
+    return partial(_routed, fp8=name == "fp8", schedule=schedule)
 
 
 def _by_expert(rows_MH: Tensor, tokens_per_expert: Any, weights_M: Tensor, *experts: Any, limit: float) -> Tensor:
     return packed_mlp(rows_MH, host_counts(tokens_per_expert), *experts, limit=limit) * weights_M[:, None]
 
 
-def _by_expert_or_slot(rows_MH: Tensor, tokens_per_expert: Any, *args: Any, limit: float) -> Tensor:
-    if isinstance(tokens_per_expert, RoutedRows):
-        return _routed(rows_MH, tokens_per_expert, *args, limit=limit, fp8=False)
-    return _by_expert(rows_MH, tokens_per_expert, *args, limit=limit)
-
-
 def _routed(
     rows_MH: Tensor, tokens_per_expert: Any, weights: Tensor, gate_up: PackedStack, gate_up_bias: Tensor,
-    down: PackedStack, down_bias: Tensor, *, limit: float, fp8: bool,
+    down: PackedStack, down_bias: Tensor, *, limit: float, fp8: bool, schedule: str,
 ) -> Tensor:  # fmt: skip
     """The fused layer, as ``experts.routed_rows``."""
     experts = (gate_up, gate_up_bias, down, down_bias)
-    if not rows_MH.is_cuda:
+    if not rows_MH.is_cuda and schedule == "auto":
         return routed_rows(
             rows_MH, tokens_per_expert, weights, *experts, limit=limit, precision="fp8" if fp8 else "bf16"
         )
     weights_TK = weights if isinstance(tokens_per_expert, RoutedRows) else weights[:, None]
     return routed.routed_mlp_frozen(
         rows_MH.contiguous(), weights_TK.float().contiguous(), row_index(rows_MH, tokens_per_expert, experts),
-        _weights(gate_up, fp8), gate_up_bias, _weights(down, fp8), down_bias, limit=limit,
+        _weights(gate_up, fp8), gate_up_bias, _weights(down, fp8), down_bias, limit=limit, implementation=schedule,
     )  # fmt: skip
 
 

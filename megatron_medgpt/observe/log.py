@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 PACKAGE = "megatron_medgpt"
+KERNELS = "medgpt_kernels"
+"""Its ops say once which implementation they chose."""
 
 
 class _Line(logging.Formatter):
@@ -47,19 +49,20 @@ def set_up_log(rank: int = 0, *, debug: bool = False, file: Path | None = None) 
         debug: show debug lines, of every rank, and the libraries' warnings.
         file: log file of this rank, with everything the console shows; opened for appending.
     """
-    logger = logging.getLogger(PACKAGE)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
     handlers: list[logging.Handler] = [_CurrentStderr()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(_Line(rank))
-        logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
-    logger.propagate = False
+    for logger in map(logging.getLogger, (PACKAGE, KERNELS)):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        for handler in handlers:
+            logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+        logger.propagate = False
     if not debug:
         # Every rank would print the engine's notes that TransformerEngine and apex are missing; doctor says it once.
         for module in (r"megatron\.core", r"torch\.distributed", r"torch\.utils\.cpp_extension"):

@@ -9,9 +9,9 @@ forward pass. Pipelines are simulated (``parallel.schedule``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_medgpt.config.schema import LanguageConfig, ModelConfig
+from megatron_medgpt.config.schema import KernelConfig, LanguageConfig, ModelConfig
 from megatron_medgpt.parallel.flops import (
     language_flops_per_token,
     projector_flops_per_image,
@@ -24,6 +24,10 @@ from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.parallel.schedule import Pass, simulate
 
 BF16 = 2
+FP8 = 1
+FP8_GAIN = 1250 / 790
+"""How much faster than in BF16 a product in FP8 is taken to be: 1,250 TFLOP/s, which others' kernels exceed on an H800
+(DeepGEMM: 1,262 to 1,381), over the 790 that were measured in BF16. Not measured here."""
 OPTIMIZER_TRAFFIC = 30
 """Bytes an AdamW step moves per parameter it owns: gradient, master weight and two moments in, the last three and the
 weight out."""
@@ -53,6 +57,9 @@ class Work:
     """Rows of the busiest expert rank over the mean."""
     packed_experts: bool = False
     """The experts are held in MXFP4 and decoded wherever they are used."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    """``experts`` fp8 and mxfp4, ``dispatch`` fp8 and ``loss`` chunked change the time. What the fused ways save by
+    fusing is not predicted: the efficiency is calibrated on whole runs."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -144,8 +151,9 @@ def chunk_seconds(
     layers = len(layout.layers_of_chunk(chunk))
     forward, backward = (layers * s for s in _layer_compute(model.language, layout, gpu, work, efficiency))
     expert_s, tensor_s = pass_seconds(model.language, layout, gpu, work)
+    there = payload_share(model.language) if work.kernels.dispatch == "fp8" else 1.0  # of the four, one is rounded
     exchange_forward, exchange_backward = (
-        layers * (2 * expert_s + 2 * tensor_s),
+        layers * ((there + 1) * expert_s + 2 * tensor_s),
         layers * (2 * expert_s + 3 * tensor_s),  # the input of linear_qkv is gathered again for its weights
     )
     if work.recompute == "layer":
@@ -161,10 +169,17 @@ def chunk_seconds(
         head_s = work.micro_batch_tokens * work.target_share * _head_flops(model.language) / layout.tensor / rate
         forward += head_s
         backward += head_s * (1.0 if "language" in work.frozen else 2.0)
+        if work.kernels.loss == "chunked":  # makes the logits again
+            backward += head_s
     return ChunkSeconds(
         forward=forward + exchange_forward, backward=backward + exchange_backward,
         exchange=exchange_forward + exchange_backward,
     )  # fmt: skip
+
+
+def payload_share(c: LanguageConfig) -> float:
+    """Bytes of an FP8 row over those of a bf16 row: the codes and a byte of scale for 128, up to a multiple of 16."""
+    return math.ceil((c.hidden_size + math.ceil(c.hidden_size / 128)) / 16) * 16 / (c.hidden_size * BF16)
 
 
 def _head_flops(c: LanguageConfig) -> float:
@@ -179,15 +194,27 @@ def _layer_compute(
     experts = c.num_experts_per_token * 6.0 * c.hidden_size * c.expert_hidden_size
     whole = language_flops_per_token(c, work.document_length or work.sequence_length) - _head_flops(c)
     dense_s = tokens * (whole / c.num_layers - experts) / rate
-    expert_s = tokens * experts * work.skew / rate
+    plain_s = tokens * experts * work.skew / rate
     weights = c.num_experts // layout.expert * 3 * c.hidden_size * c.expert_hidden_size
-    expert_s = max(expert_s, weights * BF16 / gpu.memory_bandwidth)
-    if work.packed_experts:
-        expert_s += weights * (MXFP4_BYTES + BF16) / gpu.memory_bandwidth
+    gain = FP8_GAIN if work.kernels.experts == "fp8" else 1.0
+    read, made = _weight_traffic(work)
+    expert_s = max(plain_s / gain, weights * read / gpu.memory_bandwidth) + weights * made / gpu.memory_bandwidth
     backward = dense_s * (1.0 if "language" in work.frozen else 2.0) + expert_s
-    if "experts" not in work.frozen:  # the product for the weights, or adding its result to the fp32 buffer
-        backward += max(expert_s, weights * 2 * GRADIENT_BYTES / gpu.memory_bandwidth)
+    if "experts" not in work.frozen:  # the product for the weights, in BF16, or adding its result to the fp32 buffer
+        backward += max(plain_s, weights * 2 * GRADIENT_BYTES / gpu.memory_bandwidth)
     return dense_s + expert_s, backward
+
+
+def _weight_traffic(work: Work) -> tuple[float, float]:
+    """Bytes a weight that the product of a pass reads, and those that move when a pass first makes what it reads."""
+    experts, packed = work.kernels.experts, work.packed_experts
+    if experts == "fp8":  # from blocks or from the weights
+        return FP8, (MXFP4_BYTES if packed else BF16) + FP8
+    if experts == "mxfp4" and not packed:  # transposed, then rounded
+        return MXFP4_BYTES, BF16 + BF16 + BF16 + MXFP4_BYTES
+    if packed and experts in ("bf16", "mxfp4"):  # the product decodes
+        return MXFP4_BYTES, 0.0
+    return BF16, MXFP4_BYTES + BF16 if packed else 0.0
 
 
 def step_seconds(model: ModelConfig, layout: Layout, gpu: Accelerator, work: Work, *, efficiency: float) -> StepSeconds:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_medgpt.config.schema import LanguageConfig, ModelConfig, StageConfig, VisionConfig
+from megatron_medgpt.config.schema import KernelConfig, LanguageConfig, ModelConfig, StageConfig, VisionConfig
 from megatron_medgpt.parallel.activations import (
+    AS_MEASURED,
     MicroBatch,
     head_bytes,
+    is_fused,
     layer_bytes,
     layer_input_bytes,
     loss_peak_bytes,
+    padded_rows,
     vision_bytes,
 )
 from megatron_medgpt.parallel.plan import Layout
@@ -138,7 +141,7 @@ def _projector_parameters(c: ModelConfig) -> int:
 def rank_memory(
     config: ModelConfig, layout: Layout, stage: StageConfig, *, precision: str, recompute: str, pipeline_rank: int,
     target_share: float = 1.0, images_per_row: float = 0.0, routed_share: float = 1.0, attention: str = "flex",
-    mxfp4_frozen: bool = False, experts_kernel: str = "auto",
+    mxfp4_frozen: bool = False, kernels: KernelConfig = AS_MEASURED,
 ) -> RankMemory:  # fmt: skip
     """Bytes that one rank of a pipeline stage needs for training.
 
@@ -147,7 +150,8 @@ def rank_memory(
         images_per_row: mean over the packed rows.
         routed_share: rows that the busiest rank's experts receive, over the mean.
         mxfp4_frozen: count frozen experts as packed, as a stage with ``experts: packed`` keeps them.
-        experts_kernel: ``kernels.experts`` of the run; ``fp8`` makes a layer's weights in E4M3 in each pass.
+        kernels: of the run. The fused experts keep less for the backward pass; ``fp8`` and ``mxfp4`` make a layer's
+            weights anew in each pass.
     """
     held = rank_parameters(config, layout, pipeline_rank=pipeline_rank)
     trained = held.trained(stage.frozen)
@@ -165,21 +169,24 @@ def rank_memory(
     )  # fmt: skip
     activations, workspace = _activation_bytes(
         config, layout, stage, batch, bytes_per_value=b, recompute=recompute, pipeline_rank=pipeline_rank,
-        routed_share=routed_share, attention=attention,
+        routed_share=routed_share, attention=attention, kernels=kernels, packed=packed,
     )  # fmt: skip
-    if experts_kernel == "fp8":
-        layer = _layer_backward_bytes(config.language, layout, stage, batch, b, routed_share)
-        made, used = fp8_scratch_bytes(config.language, layout.expert)
-        workspace = max(workspace, made, layer + used)
-    elif packed:  # one matrix of one expert is unpacked at a time
-        workspace += 2 * config.language.hidden_size * config.language.expert_hidden_size * b
+    if packed and not is_fused(kernels):  # one matrix of one expert at a time, as its blocks lie and transposed
+        workspace += 2 * 2 * config.language.hidden_size * config.language.expert_hidden_size * b
     return RankMemory(
         weights=int(weights), gradients=trained.total * GRADIENT_BYTES, optimizer=int(optimizer),
         activations=activations, workspace=workspace,
     )  # fmt: skip
 
 
-def fp8_scratch_bytes(c: LanguageConfig, expert_ranks: int) -> tuple[int, int]:
+def mxfp4_scratch_bytes(c: LanguageConfig, expert_ranks: int, bytes_per_value: int) -> tuple[int, int]:
+    """One layer's experts in MXFP4, as a pass rounds them anew: while they are made, when gate and up lie transposed
+    beside their blocks, and while they are used."""
+    weights = c.num_experts // expert_ranks * c.hidden_size * c.expert_hidden_size
+    return int(2 * weights * (bytes_per_value + MXFP4_BYTES)), int(3 * weights * MXFP4_BYTES)
+
+
+def fp8_scratch_bytes(c: LanguageConfig, expert_ranks: int, bytes_per_value: int = 2) -> tuple[int, int]:
     """One layer's experts in E4M3 with a scale per 128x128 tile, as a pass makes them anew: while they are made, when
     one projection lies in both orientations, and while they are used."""
     h, f, experts = c.hidden_size, c.expert_hidden_size, c.num_experts // expert_ranks
@@ -198,36 +205,49 @@ def chunks_in_flight(layout: Layout, pipeline_rank: int, num_micro_batches: int)
 
 def _activation_bytes(
     config: ModelConfig, layout: Layout, stage: StageConfig, batch: MicroBatch, *, bytes_per_value: int,
-    recompute: str, pipeline_rank: int, routed_share: float, attention: str,
+    recompute: str, pipeline_rank: int, routed_share: float, attention: str, kernels: KernelConfig, packed: bool,
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes kept at the peak of the schedule, and bytes held for a moment on top of them."""
     c, made = config.language, {"bytes_per_value": bytes_per_value, "tensor": layout.tensor}
-    whole = layer_bytes(c, batch, attention=attention, routed_share=routed_share, **made)
+    whole = layer_bytes(
+        c, batch, attention=attention, routed_share=routed_share, kernels=kernels, expert=layout.expert, **made
+    )
     kept = layer_input_bytes(c, batch, **made) if recompute == "layer" else whole
     num_micro_batches = max(1, stage.global_batch_rows // (stage.micro_batch_rows * layout.data))
     chunks = layout.chunks_of(pipeline_rank)
     in_flight = chunks_in_flight(layout, pipeline_rank, num_micro_batches)
     layers = sum(len(layout.layers_of_chunk(chunk)) for chunk in chunks) / len(chunks)
     total = in_flight * layers * kept
-    workspace = _layer_backward_bytes(c, layout, stage, batch, bytes_per_value, routed_share)
+    workspace = _layer_backward_bytes(c, layout, stage, batch, bytes_per_value, routed_share, kernels)
+    if kernels.experts == "fp8" or (kernels.experts == "mxfp4" and not packed):
+        scratch = fp8_scratch_bytes if kernels.experts == "fp8" else mxfp4_scratch_bytes
+        at_making, in_use = scratch(c, layout.expert, bytes_per_value)
+        workspace = max(at_making, workspace + in_use)
     if recompute == "layer":
         workspace += whole
     if 0 in chunks:
         share = 1.0 if layout.virtual_pipeline == 1 else 1 / layout.virtual_pipeline
         frozen = "encoder" in stage.frozen
-        total += max(1, in_flight * share) * vision_bytes(config, batch, frozen=frozen, **made)
+        total += max(1, in_flight * share) * vision_bytes(config, batch, frozen=frozen, kernels=kernels, **made)
     if layout.pipeline * layout.virtual_pipeline - 1 in chunks:
-        total += head_bytes(c, batch, **made)
-        workspace = max(workspace, loss_peak_bytes(c, batch, **made))
+        total += head_bytes(c, batch, kernels=kernels, **made)
+        loss = loss_peak_bytes(c, batch, kernels=kernels, frozen="language" in stage.frozen, **made)
+        workspace = max(workspace, loss)
     return int(total), int(workspace)
 
 
 def _layer_backward_bytes(
-    c: LanguageConfig, layout: Layout, stage: StageConfig, batch: MicroBatch, bytes_per_value: int, routed_share: float
-) -> int:
+    c: LanguageConfig, layout: Layout, stage: StageConfig, batch: MicroBatch, bytes_per_value: int, routed_share: float,
+    kernels: KernelConfig,
+) -> int:  # fmt: skip
     """The largest moment of a layer's backward pass: gradients of the routed rows before and after the activation, and
-    the gradient of all gate and up weights before it is added to the fp32 buffer."""
+    the gradient of all gate and up weights before it is added to the fp32 buffer (where it is written there directly,
+    what autograd is given in its place)."""
     routed = batch.tokens / layout.tensor * c.num_experts_per_token * routed_share
     rows = routed * (c.hidden_size + 4 * c.expert_hidden_size)
+    if is_fused(kernels):  # of the rows, before the activation (in FP8 too), the activation times its weight
+        rounded = 2 * c.expert_hidden_size / bytes_per_value if kernels.experts == "fp8" else 0
+        padded = padded_rows(routed, c.num_experts // layout.expert)
+        rows = padded * (c.hidden_size + 3 * c.expert_hidden_size + rounded)
     weights = c.num_experts // layout.expert * c.hidden_size * 2 * c.expert_hidden_size
     return int((rows + (0 if "experts" in stage.frozen else weights)) * bytes_per_value)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.config.load import build, read_yaml, to_yaml
+from megatron_medgpt.config.load import apply_overrides, build, read_yaml, to_yaml
 from megatron_medgpt.config.presets import LANGUAGE, VISION
-from megatron_medgpt.config.schema import MODULES, BlendConfig, ModelConfig, RunConfig, StageConfig
+from megatron_medgpt.config.schema import MODULES, BlendConfig, KernelConfig, ModelConfig, RunConfig, StageConfig
+from megatron_medgpt.parallel.cost import FP8_GAIN
 from megatron_medgpt.parallel.flops import training_flops
 from megatron_medgpt.parallel.hardware import accelerator
 from megatron_medgpt.parallel.memory import model_parameters
@@ -23,18 +24,21 @@ from megatron_medgpt.parallel.simulate import Disturbance, simulate_step
 GIB = 2**30
 ENCODER = "clip-l-14-336"
 """Preset of the encoder where none is named."""
+FP8_ASSUMED = f"products of experts in FP8 are taken to be {FP8_GAIN:.2f} times as fast as in BF16: not measured"
 
 
 def run_plan(
-    model: str, *, gpus: int, gpu: str = "h200", vision: str | None = None, sequence_length: int = 4096,
-    global_batch_rows: int = 256, images_per_row: float = 4.0, target_share: float = 1.0,
+    model: str, overrides: Sequence[str] = (), *, gpus: int, gpu: str = "h200", vision: str | None = None,
+    sequence_length: int = 4096, global_batch_rows: int = 256, images_per_row: float = 4.0, target_share: float = 1.0,
     frozen: Sequence[str] = (), skew: float = 1.0, mxfp4_frozen: bool = False, efficiency: float | None = None,
     keep: int = 5, json: bool = False, out: Path | None = None, plot: Path | None = None,
 ) -> str:  # fmt: skip
     """Plan a training stage and say what was found.
 
     Args:
-        model: a preset of ``config.presets.LANGUAGE``, or a YAML file with a ``model:`` section (a run.yaml will do).
+        model: a preset of ``config.presets.LANGUAGE``, or a YAML file with a ``model:`` section (a run.yaml will do);
+            its ``kernels:`` section counts too.
+        overrides: ``kernels.field=value``, as ``medgpt train`` takes them.
         gpus: how many, all of the kind ``gpu`` (``parallel.hardware.ACCELERATORS``).
         vision: preset of the encoder, for a language preset (``clip-l-14-336`` when not given); a YAML names its own.
         target_share: positions that are targets of the loss; only they pay for the head.
@@ -52,6 +56,7 @@ def run_plan(
         UsageError: unknown names, or nothing fits; the message says what would have come nearest.
     """
     config, chip = _model(model, vision), accelerator(gpu)
+    kernels = _kernels(model, overrides)
     _check_numbers(gpus=gpus, sequence_length=sequence_length, global_batch_rows=global_batch_rows, keep=keep)
     _check_ratios(target_share=(target_share, 0, 1), images_per_row=(images_per_row, 0, None), skew=(skew, 1, None))
     _check_ratios(efficiency=(1.0 if efficiency is None else efficiency, 1e-6, 1))
@@ -65,7 +70,7 @@ def run_plan(
     request = Request(
         model=config, num_gpus=gpus, gpu=chip, sequence_length=sequence_length, global_batch_rows=global_batch_rows,
         images_per_row=images_per_row, target_share=target_share, frozen=tuple(frozen), skew=skew,
-        mxfp4_frozen=mxfp4_frozen, efficiency=efficiency or EFFICIENCY[chip.generation],
+        mxfp4_frozen=mxfp4_frozen, efficiency=efficiency or EFFICIENCY[chip.generation], kernels=kernels,
     )  # fmt: skip
     plan = make_plan(request, keep=keep)
     if not plan.best:
@@ -97,6 +102,14 @@ def _model(name: str, vision: str | None) -> ModelConfig:
             raise UsageError(f"{name}: no section 'model:'")
         return build(ModelConfig, tree["model"], where="model")
     raise UsageError(f"--model {name}: neither a preset ({', '.join(LANGUAGE)}) nor a YAML file")
+
+
+def _kernels(model: str, overrides: Sequence[str]) -> KernelConfig:
+    for text in overrides:
+        if not text.startswith("kernels."):
+            raise UsageError(f"override {text!r}: a plan takes kernels.field=value alone; see --help")
+    given = read_yaml(Path(model)).get("kernels") or {} if model.endswith((".yaml", ".yml")) else {}
+    return build(KernelConfig, apply_overrides({"kernels": given}, overrides)["kernels"], where="kernels")
 
 
 def _check_numbers(**numbers: int) -> None:
@@ -145,7 +158,7 @@ def recommended_run(plan: Plan) -> RunConfig:
     )  # fmt: skip
     return RunConfig(
         name="planned", out="runs/planned", tokenizer="tokenizer", stages=(stage,), model=request.model,
-        parallel=best.parallel, recompute=best.recompute,
+        parallel=best.parallel, recompute=best.recompute, kernels=request.kernels,
     )  # fmt: skip
 
 
@@ -156,6 +169,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
         "gpus": request.num_gpus,
         "gpu": request.gpu.name,
         "efficiency": request.efficiency,
+        "kernels": asdict(request.kernels),
         "parameters": asdict(model_parameters(request.model)),
         "step_flops": _step_flops(request),
         "fitting": plan.num_fitting,
@@ -198,13 +212,19 @@ def as_table(plan: Plan, title: str) -> str:
     lines = [
         f"{title}: {count.total / 1e9:.2f} B parameters on {request.num_gpus} x {request.gpu.name.upper()}, "
         f"{request.global_batch_rows} rows of {request.sequence_length} a step, {request.images_per_row:g} images a row"
-        + (f", frozen: {', '.join(request.frozen)}" if request.frozen else ""),
+        + (f", frozen: {', '.join(request.frozen)}" if request.frozen else "")
+        + "".join(f", kernels.{name}={choice}" for name, choice in _chosen(request.kernels).items()),
         "",
         f"{'layout':<44}{'rows':>5}{'recompute':>11}{'GiB/GPU':>9}{'step s':>8}{'tok/s/GPU':>11}{'MFU':>6}",
     ]
     lines += [_row(candidate, request) for candidate in plan.best]
     lines += ["", *_stage_rows(best, request), "", *_time_lines(best, request), "", *_refused_lines(plan)]
     return "\n".join(lines)
+
+
+def _chosen(kernels: KernelConfig) -> dict[str, str]:
+    """The choices that differ from a run's defaults."""
+    return {name: choice for name, choice in asdict(kernels).items() if choice != getattr(KernelConfig(), name)}
 
 
 def _row(candidate: Candidate, request: Request) -> str:
@@ -249,6 +269,7 @@ def _time_lines(best: Candidate, request: Request) -> list[str]:
             if request.efficiency == EFFICIENCY[request.gpu.generation]
             else "as given"
         ),
+        *([] if request.kernels.experts != "fp8" else [FP8_ASSUMED]),
     ]
 
 

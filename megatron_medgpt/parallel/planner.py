@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.config.schema import BlendConfig, ModelConfig, ParallelConfig, StageConfig
+from megatron_medgpt.config.schema import BlendConfig, KernelConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_medgpt.parallel.cost import StepSeconds, Work, chunk_seconds, least_step_seconds, step_seconds
 from megatron_medgpt.parallel.hardware import RESERVED, Accelerator
 from megatron_medgpt.parallel.memory import RankMemory, rank_memory, rank_parameters
@@ -35,6 +35,7 @@ class Request:
     mxfp4_frozen: bool = False
     efficiency: float = 0.37
     precision: str = "bf16"
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
     @property
     def packed(self) -> bool:
@@ -53,7 +54,7 @@ class Request:
             sequence_length=self.sequence_length, micro_batch_rows=micro_batch_rows,
             global_batch_rows=self.global_batch_rows, images_per_row=self.images_per_row,
             target_share=self.target_share, frozen=self.frozen, recompute=recompute, skew=self.skew,
-            packed_experts=self.packed,
+            packed_experts=self.packed, kernels=self.kernels,
         )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def _memory(request: Request, layout: Layout, rows: int, recompute: str) -> tupl
         rank_memory(
             request.model, layout, request.stage(rows), precision=request.precision, recompute=recompute,
             pipeline_rank=rank, target_share=request.target_share, images_per_row=request.images_per_row,
-            routed_share=request.skew, mxfp4_frozen=request.mxfp4_frozen,
+            routed_share=request.skew, mxfp4_frozen=request.mxfp4_frozen, kernels=request.kernels,
         )
         for rank in range(layout.pipeline)
     )  # fmt: skip

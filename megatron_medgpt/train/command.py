@@ -128,7 +128,7 @@ def _check_dataset(stage: str, folder: Path, words: Tokenizer, config: RunConfig
 
 def train_here(config: RunConfig, *, dry_run: bool) -> int:
     """Train in this process, which is one rank of its world."""
-    from megatron_medgpt.model.build import check_kernels
+    from megatron_medgpt.model.build import check_kernels, kernel_choices
     from megatron_medgpt.observe.log import say_platform, set_up_log
     from megatron_medgpt.parallel import groups
     from megatron_medgpt.train.stages import run_stages
@@ -141,6 +141,8 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
         layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
         check_kernels(config.kernels, config.model, world.device)
         say_platform(f"{world.platform.name}, {config.precision}", layouts, world.size)
+        chosen = kernel_choices(config.kernels, world.device)
+        log.info("kernels: %s", ", ".join(f"{name} {choice}" for name, choice in chosen.items()))
         if dry_run:
             from megatron_medgpt.train.dry_run import run_dry
 

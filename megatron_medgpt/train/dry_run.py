@@ -69,7 +69,7 @@ def _print_memory(console: Console, config: RunConfig, stage: StageConfig, layou
     for pipeline_rank in range(layout.pipeline):
         memory = rank_memory(
             config.model, layout, stage, precision=config.precision, recompute=config.recompute,
-            pipeline_rank=pipeline_rank, experts_kernel=config.kernels.experts,
+            pipeline_rank=pipeline_rank, kernels=config.kernels,
         )  # fmt: skip
         layers = sum(len(layout.layers_of_chunk(c)) for c in layout.chunks_of(pipeline_rank))
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)

@@ -110,7 +110,7 @@ def test_logits_of_more_than_one_chunk_never_exist(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"labels_T": torch.zeros(3, dtype=torch.int32)}, "labels_T is torch.int32; allowed: int64"),
+        ({"labels_T": torch.zeros(3, dtype=torch.int32)}, "labels_T is int32; allowed: int64"),
         ({"weight_VH": torch.zeros(8, 5)}, r"weight_VH has shape \(8, 5\)"),
         ({"weight_VH": torch.zeros(4, 8).t()}, "weight_VH is not contiguous"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),

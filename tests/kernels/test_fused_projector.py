@@ -111,7 +111,7 @@ def test_a_call_that_cannot_be_served_is_refused_by_name():
     given = inputs(*cases.SMALL[0], dtype=torch.float32, norm=False)
     at = placed(2, 4, 1)
     args = [given[name] for name in ("features", "w1", "b1", "w2", "b2")]
-    with pytest.raises(ValueError, match="text_SBH is torch"):
+    with pytest.raises(ValueError, match="text_SBH is bfloat16"):
         op.project_into(given["text"].bfloat16(), args[0], at, *args[1:])
     with pytest.raises(ValueError, match="weight_1 has 23 columns"):
         op.project_into(given["text"], args[0], at, args[1][:, 1:], *args[2:])
@@ -122,7 +122,7 @@ def test_a_call_that_cannot_be_served_is_refused_by_name():
 MUTANTS = {
     "bias dropped": ("acc += tl.load(bias_ptr + columns", "acc += 0 * tl.load(bias_ptr + columns"),
     "patches folded column by column": ("(part // FOLD * side + part % FOLD)", "(part % FOLD * side + part // FOLD)"),
-    "slope of gelu without its density": ("acc *= share + u * tl.exp(-0.5 * u * u) * DENSITY", "acc *= share"),
+    "slope of gelu without its density": ("grad *= share + u * tl.exp(-0.5 * u * u) * DENSITY", "grad *= share"),
     "stale row": ("to = tl.load(out_map_ptr + rows, mask=row_mask, other=0).to(tl.int64)", "to = rows"),
     "one user of a shared token": ("total += tl.load(grad_ptr + place", "total = tl.load(grad_ptr + place"),
     "wrong tail mask": ("a = tl.load(a_ptr + place, mask=row_mask[:, None] & (k[None, :] < K_SIZE)", "a = tl.load(a_ptr + place, mask=row_mask[:, None] & (k[None, :] < K_SIZE - 1)"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from medgpt_kernels.dispatch import triton_refusal
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,39 @@ def test_a_rehearsal_measures_its_cases_and_a_second_call_repeats_nothing(tmp_pa
     assert found["bench"]["goals"] and all(goal["met"] is None for goal in found["bench"]["goals"])
     again = verify(tmp_path, "--rehearse", "--only", "machine,tests,bench")
     assert again.returncode == 0 and again.stdout.count("done before") == 3
+    shutil.rmtree(tmp_path / "state")
+    continued = verify(tmp_path, "--rehearse", "--only", "tests,bench", "--continue", str(tmp_path / "out"))
+    assert continued.returncode == 0 and continued.stdout.count("done before") == 2
+
+
+@needs_triton
+def test_what_was_measured_is_kept_and_what_no_longer_fits_is_left_to_the_next_call(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import bench
+
+    def measure(kinds: str, seconds: str) -> tuple[int, list[str]]:
+        options = ["--tiny", "--out", str(tmp_path), "--only", kinds, "--seconds", seconds, "--commit", "this"]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+        code = bench.main()
+        return code, [r["key"] for r in json.loads((tmp_path / "bench.json").read_text())["results"]]
+
+    assert measure("conversions", "100") == (0, ["conversions tiny"])
+    assert measure("conversions,projector", "0") == (bench.LEFT_OUT, ["conversions tiny"])
+
+
+def test_every_peer_that_a_cpu_can_run_gives_the_right_answer(monkeypatch):
+    """At toy size, with the benchmark's own check: what a GPU run would otherwise find out in its paid minutes."""
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from bench_moe import LIGER, check_variants, moe_variants
+    from medgpt_kernels.grouped_mlp import cases
+    from medgpt_kernels.route import cases as route_cases
+
+    given = cases.inputs(48, 40, 24, 3, 2, dtype=torch.bfloat16, seed=0, spread=1.0)
+    experts = route_cases.zipf_experts(48, 3, 2, seed=0)
+    peers = {n: c for n, c in moe_variants(given, experts, 3, 16).items() if not n.startswith(("ours", "liger"))}
+    assert len(peers) == 5 and LIGER in moe_variants(given, experts, 3, 16)
+    right, wrong = check_variants(peers, given, experts)
+    assert set(right) == set(peers), wrong
 
 
 def test_wrong_usage_is_one_line_and_exit_2(tmp_path):
@@ -53,6 +88,7 @@ def test_wrong_usage_is_one_line_and_exit_2(tmp_path):
         (("--rehearse", "--wheels", str(tmp_path)), "holds no .whl files"),
         (("--only", "speed"), "steps are machine, build"),
         (("--fast",), "unknown argument --fast"),
+        (("--rehearse", "--continue", str(tmp_path)), "holds no logs.tar.gz of an earlier call"),
     ):
         done = verify(tmp_path, *arguments)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 from medgpt_kernels import route
+from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.mx import reference as mx_reference
 from medgpt_kernels.route import cases, op, reference
 from medgpt_kernels.testing import assert_as_close_as_torch, assert_bitwise, mutant
 
-needs_triton = pytest.mark.skipif(op.triton_refusal() is not None, reason=str(op.triton_refusal()))
+needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(triton_refusal()))
 
 
 def test_reference_router_is_softmax_over_the_largest_logits_of_each_token():

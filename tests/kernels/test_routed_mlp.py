@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from medgpt_kernels import grouped_mlp
+from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.grouped_mlp import cases, reference, routed, routed_reference
 from medgpt_kernels.mx import op as mx_op
 from medgpt_kernels.mx import reference as mx
@@ -15,7 +16,7 @@ from medgpt_kernels.testing import assert_as_close_as_torch, assert_bitwise, mut
 
 LIMIT = 7.0
 NAMES = ("x_TH", "weights_TK", "gate_up_EHG", "gate_up_bias_EG", "down_EFH", "down_bias_EH")
-needs_triton = pytest.mark.skipif(route.triton_refusal() is not None, reason=str(route.triton_refusal()))
+needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(triton_refusal()))
 
 
 def outcome(call, given: dict, learned: tuple[str, ...] = NAMES, seed: int = 11) -> list[torch.Tensor]:
@@ -73,7 +74,7 @@ def fused(experts: torch.Tensor, num_experts: int, device, *, limit: float = LIM
 @pytest.mark.parametrize(
     ("name", "dtype", "schedule"),
     [("zipf", torch.float32, "triton"), ("zipf", torch.bfloat16, "triton"), ("some experts empty", torch.float32, "triton"),
-     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"),
+     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"), ("zipf", torch.bfloat16, "tma-4-stages"),
      ("some experts empty", torch.float32, "tma-persistent"), ("one takes everything", torch.bfloat16, "tma-persistent")],
 )  # fmt: skip
 def test_forward_and_every_gradient(name, dtype, schedule, device):
@@ -133,7 +134,7 @@ def test_fp8_rounds_where_its_reference_rounds(dtype, schedule, device):
     given = cases.inputs(T, H, F, E, K, dtype=dtype, seed=4, spread=1.0, device=device)
 
     def expected(x, weights, *rest):
-        return routed_reference.routed_mlp(x, weights, experts, *rest, limit=LIMIT, fp8=True)
+        return routed_reference.routed_mlp(x, weights, experts, *rest, limit=LIMIT, precision="fp8")
 
     def rms(x: torch.Tensor) -> torch.Tensor:
         return x.double().square().mean().sqrt()
@@ -182,6 +183,29 @@ def test_packed_mxfp4_experts_are_the_plain_ones_with_the_same_numbers(dtype, sc
 
 
 @needs_triton
+@pytest.mark.parametrize("schedule", ["triton", "tma-4-stages"])
+def test_weights_that_learn_in_mxfp4_are_the_plain_ones_rounded_and_their_gradients_pass_straight_through(
+    schedule, device
+):
+    """Bit for bit: the products multiply what MXFP4 holds, and no rounding stands between a gradient and its weight."""
+    T, H, F, E, K = cases.SMALL[0]
+    experts = cases.choices("zipf", T, E, K)
+    given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=5, device=device)
+    rounded, _ = packed_experts(given)
+    ours = outcome(fused(experts, E, device, schedule=schedule, precision="mxfp4"), given)
+    plain = outcome(fused(experts, E, device, schedule=schedule), rounded)
+    for a, b in zip(ours, plain):
+        assert_bitwise(a, b)
+    reference_of = outcome(
+        lambda *a: routed_reference.routed_mlp(*a[:2], experts.to(device), *a[2:], limit=LIMIT, precision="mxfp4"),
+        given,
+    )
+    exact = outcome(by_autograd(experts.to(device)), in_fp64(rounded))
+    for a, b, c in zip(ours, reference_of, exact):
+        assert_as_close_as_torch(a, b, c)
+
+
+@needs_triton
 def test_mxfp4_in_e4m3_is_the_fp8_layer_on_the_same_numbers(device):
     T, H, F, E, K = cases.SMALL[0]
     experts = cases.choices("zipf", T, E, K)
@@ -219,7 +243,7 @@ def test_weight_gradients_accumulate_over_micro_batches(device):
 
 
 @needs_triton
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "mxfp4"])
 def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(precision, device):
     T, H, F, E, K = cases.SMALL[0]
     given = cases.inputs(T, H, F, E, K, dtype=torch.bfloat16, seed=8, device=device)
@@ -235,22 +259,22 @@ def test_only_tokens_preactivation_and_index_are_kept_for_the_backward_pass(prec
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"x_TH": torch.zeros(37, 128)}, "x_TH has width 128, gate_up 192"),
+        ({"x_TH": torch.zeros(37, 128)}, "x_TH has width 128, gate_up_EHG 192"),
         ({"x_TH": torch.zeros(192, 37).t()}, "x_TH is not contiguous"),
         ({"x_TH": torch.zeros(37, 192, dtype=torch.float64)}, "x_TH is float64"),
         (
             {"gate_up_EHG": torch.zeros(5, 192, 320, dtype=torch.bfloat16)},
-            "gate_up is torch.bfloat16, x_TH torch.float32",
+            "gate_up_EHG is bfloat16, x_TH float32; they must be equal",
         ),
         ({"weights_TK": torch.zeros(37, 3)}, r"weights_TK has shape \(37, 3\)"),
-        ({"down_EFH": torch.zeros(5, 160, 128)}, r"down is \(160, 128\); gate_up asks for \(160, 192\)"),
+        ({"down_EFH": torch.zeros(5, 160, 128)}, r"down_EFH is \(160, 128\); gate_up_EHG asks for \(160, 192\)"),
         ({"x_TH": torch.zeros(37, 2, 192)}, r"x_TH has shape \(37, 2, 192\); allowed: \(T, H\)"),
         ({"gate_up_EHG": torch.zeros(192, 320)}, r"gate_up_EHG has shape \(192, 320\); allowed: \(E, K, N\)"),
-        ({"gate_up_bias_EG": torch.zeros(5, 319)}, r"gate_up_bias has shape \(5, 319\); allowed: \(5, 320\)"),
-        ({"down_bias_EH": torch.zeros(4, 192)}, r"down_bias has shape \(4, 192\); allowed: \(5, 192\)"),
-        ({"down_bias_EH": torch.zeros(5, 192, dtype=torch.int32)}, "down_bias is int32; allowed: bfloat16"),
-        ({"down_EFH": torch.zeros(4, 160, 192)}, r"down holds 4 experts; gate_up 5, the index 5"),
-        ({"gate_up_EHG": torch.zeros(5, 192, 320, device="meta")}, "gate_up is on meta, x_TH on"),
+        ({"gate_up_bias_EG": torch.zeros(5, 319)}, r"gate_up_bias_EG has shape \(5, 319\); allowed: \(5, 320\)"),
+        ({"down_bias_EH": torch.zeros(4, 192)}, r"down_bias_EH has shape \(4, 192\); allowed: \(5, 192\)"),
+        ({"down_bias_EH": torch.zeros(5, 192, dtype=torch.int32)}, "down_bias_EH is int32; allowed: bfloat16"),
+        ({"down_EFH": torch.zeros(4, 160, 192)}, r"down_EFH holds 4 experts; gate_up_EHG 5"),
+        ({"gate_up_EHG": torch.zeros(5, 192, 320, device="meta")}, "gate_up_EHG is on meta, x_TH on"),
         ({"weights_TK": torch.zeros(37, 2, dtype=torch.float64)}, "weights_TK is float64; allowed: float32"),
     ],
 )
@@ -381,7 +405,7 @@ def _halves_agree(device) -> bool:
     )
     plain = fused(experts, E, device, limit=1e4)(*rounded.values())
     fp8 = fused(experts, E, device, limit=1e4, precision="fp8")(*rounded.values())
-    expected = routed_reference.routed_mlp(x, weights, experts, *list(rounded.values())[2:], limit=1e4, fp8=True)
+    expected = routed_reference.routed_mlp(x, weights, experts, *list(rounded.values())[2:], limit=1e4, precision="fp8")
     return torch.equal(ours, plain) and bool((fp8 - expected).norm() <= 1e-3 * expected.norm())
 
 

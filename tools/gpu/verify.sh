@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Check and measure on a GPU: tests first, then speed. Resumable: a step that is done for this commit is not run again.
+# Check and measure on a GPU: tests first, then speed. Resumable: what is done for this commit is not done again, step by
+# step, test file by test file and benchmark case by case. DIR/verify.json is whole after every step.
 #
-#   tools/gpu/verify.sh [--out DIR] [--wheels DIR] [--minutes M] [--only STEP,...] [--again]
+#   tools/gpu/verify.sh [--out DIR] [--continue DIR] [--wheels DIR] [--minutes M] [--only STEP,...] [--again]
 #
 #   --out DIR      where verify.json, bench.txt and logs.tar.gz go (default: $OUT, else gpu-verify)
+#   --continue DIR what an earlier call wrote (its logs.tar.gz), for a machine that has forgotten it
 #   --wheels DIR   wheels to lay beside this Python, for machines without network: pytest and what it needs, and
 #                  megatron-core and what it needs for the training step (README.md)
 #   --minutes M    time for everything, 9 by default; what no longer fits is reported as not run
@@ -17,16 +19,17 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
-out=${OUT:-gpu-verify} wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again="" rehearse=""
+out=${OUT:-gpu-verify} before="" wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again="" rehearse=""
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift 2 ;;
+    --continue) before=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --minutes) minutes=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
     --again) again=1; shift ;;
     --rehearse) rehearse=1; shift ;;
-    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "verify.sh: unknown argument $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -38,6 +41,11 @@ out=$(cd "$out" && pwd)
 state=${STATE:-build/gpu-verify} # git ignores build/, so a later call finds what is done
 mkdir -p "$state" && state=$(cd "$state" && pwd)
 [ -n "$again" ] && rm -rf "${state:?}"/*
+if [ -n "$before" ]; then
+  tar -xzf "$before/logs.tar.gz" -C "$state" 2>/dev/null \
+    || { echo "verify.sh: --continue $before holds no logs.tar.gz of an earlier call" >&2; exit 2; }
+  cp "$before"/bench.* "$state/" 2>/dev/null # may hold more than the archive, if the call was cut off in the benchmark
+fi
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -64,24 +72,24 @@ case ",$only," in *,tests,*|*,train,*)
 esac
 deadline=""
 "$python" -c 'import pytest_timeout' 2>/dev/null && deadline="--timeout 200"
-commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)${rehearse:+-rehearsal}
-started=$SECONDS tests=""
+# With the sum of what is checked: a tree that is not committed, or a copy without .git, is another one.
+sum=$(find kernels megatron_medgpt tests/kernels tools/gpu -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)+$sum${rehearse:+-rehearsal}
+started=$SECONDS
 # The smallest first: what fails there fails everywhere. Not the tests of this script and of compiling without a GPU.
-for name in rounding bad_input mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention \
-  branched_and_cached model_slots alone; do
-  tests="$tests tests/kernels/test_$name.py"
-done
-[ -n "$rehearse" ] && tests=tests/kernels/test_rounding.py
+tests="rounding bad_input mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention
+  branched_and_cached model_slots kept_memory alone"
+[ -n "$rehearse" ] && tests=rounding
 
 left() { echo $((minutes * 60 - (SECONDS - started))); }
 
-# step NAME LIMIT_S COMMAND...: runs the command with its output in NAME.log and writes NAME.step, one JSON object, in $state.
-step() {
+wanted() { case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
+passed() { grep -q "\"commit\": \"$commit\", \"status\": \"passed\"" "$state/$1.step" 2>/dev/null; }
+
+# run NAME LIMIT_S COMMAND...: the command with its output in NAME.log, and NAME.step, one JSON object, in $state.
+run() {
   local name=$1 limit=$2; shift 2
-  case ",$only," in *",$name,"*) ;; *) return 0 ;; esac
-  if grep -q "\"commit\": \"$commit\", \"status\": \"passed\"" "$state/$name.step" 2>/dev/null; then
-    echo "$name: done before"; return 0
-  fi
+  if passed "$name"; then echo "$name: done before"; return 0; fi
   if [ "$(left)" -lt 20 ]; then note "$name" "not run" "no time left of $minutes minutes" 0; return 0; fi
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   echo "$name: running (at most $limit s)"
@@ -90,12 +98,15 @@ step() {
   local status=passed why=""
   case $code in
     0) ;;
-    77) status="not run"; why=$(tail -n 1 "$state/$name.log") ;;
+    75) status=partly; why=$(tail -n 1 "$state/$name.log") ;;
+    5|77) status="not run"; why=$(tail -n 1 "$state/$name.log") ;;
     124|137) status=failed; why="stopped after $limit s" ;;
     *) status=failed; why="exit code $code: $(tail -n 1 "$state/$name.log" | cut -c1-200)" ;;
   esac
   note "$name" "$status" "$why" $((SECONDS - began))
 }
+
+step() { wanted "$1" && { run "$@"; summary; }; return 0; }
 
 note() {
   "$python" - "$state/$1.step" "$commit" "$2" "$1" "$3" "$4" <<'PY'
@@ -107,7 +118,50 @@ PY
   echo "$1: $2 ${3:+($3)}"
 }
 
-passed() { grep -q '"status": "passed"' "$state/$1.step" 2>/dev/null; }
+# Everything so far, in $out: a call that is cut off has written what it did.
+summary() {
+  [ -e "$out/bench.json" ] || cp "$state"/bench.* "$out/" 2>/dev/null
+  tar -czf "$out/logs.tar.gz" --exclude ./site -C "$state" .
+  "$python" - "$state" "$out" <<'PY'
+import json, pathlib, sys
+state, out = map(pathlib.Path, sys.argv[1:])
+steps = [json.loads(path.read_text()) for path in sorted(state.glob("*.step"))]
+summary = {"steps": steps, "passed": all(s["status"] != "failed" for s in steps)}
+for name, folder in (("machine", state), ("bench", out)):
+    if (folder / f"{name}.json").exists():
+        summary[name] = json.loads((folder / f"{name}.json").read_text())
+(out / "verify.json").write_text(json.dumps(summary, indent=1) + "\n")
+PY
+}
+
+# Test files next to one another: compiling takes most of the time, and the machine has more cores than one file uses.
+files_of_tests() {
+  local name workers=$(( ($(nproc) + 1) / 2 ))
+  for name in $tests; do
+    run "tests-$name" 300 "$python" -m pytest -p no:cacheprovider "tests/kernels/test_$name.py" -q -x --durations 5 \
+      $deadline --junitxml "$state/tests-$name.xml" &
+    while [ "$(jobs -rp | wc -l)" -ge "$workers" ]; do wait -n; done
+  done
+  wait
+}
+
+# Kinds of benchmark cases whose tests have passed: no speed is reported for wrong answers.
+kinds() {
+  local kind needed name
+  while read -r kind needed; do
+    [ -n "$rehearse" ] && needed=rounding
+    for name in $needed; do passed "tests-$name" || continue 2; done
+    case ",${CASES:-$kind}," in *",$kind,"*) printf '%s,' "$kind" ;; esac
+  done <<'KINDS'
+moe rounding mx route permute routed_mlp
+schedules rounding mx route permute routed_mlp
+products rounding mx route permute routed_mlp
+frozen rounding mx route permute routed_mlp
+conversions rounding mx
+movement rounding route permute
+projector rounding fused_projector
+KINDS
+}
 
 step machine 60 bash -c "command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv; $python tools/gpu/machine.py --out '$state/machine.json'"
 step build 120 "$python" -c "
@@ -118,28 +172,40 @@ import sys
 if nvcc.find() is None:
     print('nvcc is not on the PATH'); sys.exit(77)
 print(nvcc.load(cuda.SOURCE))"
-# shellcheck disable=SC2086  # both are lists of words
-step tests 240 "$python" -m pytest -p no:cacheprovider $tests -q -x --durations 10 $deadline --junitxml "$state/tests.xml"
-if passed tests; then
-  step bench 300 "$python" kernels/bench.py --out "$state" ${rehearse:+--tiny} ${CASES:+--only "$CASES"} --seconds $(( $(left) > 150 ? 200 : 60 ))
-else
-  case ",$only," in *",bench,"*) note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0 ;; esac
+if wanted tests; then
+  began=$SECONDS
+  files_of_tests
+  bad="" missing=""
+  for name in $tests; do
+    passed "tests-$name" && continue
+    if grep -q '"status": "not run"' "$state/tests-$name.step"; then missing="$missing $name"; else bad="$bad $name"; fi
+  done
+  if [ -n "$bad" ]; then note tests failed "failed:$bad${missing:+; not run:$missing}" $((SECONDS - began))
+  else note tests passed "${missing:+not run:$missing}" $((SECONDS - began)); fi
+  summary
+fi
+if wanted bench; then
+  ready=$(kinds)
+  if [ -n "$ready" ]; then
+    cp "$state"/bench.* "$out/" 2>/dev/null # what is measured already; the rest is written beside it, case by case
+    step bench 400 "$python" kernels/bench.py --out "$out" ${rehearse:+--tiny} --only "${ready%,}" --commit "$commit" \
+      --seconds $(( $(left) > 150 ? $(left) - 90 : 60 ))
+    cp "$out"/bench.* "$state/" 2>/dev/null
+    if [ -z "${CASES:-}" ] && passed bench && [ "$(tr -cd , <<<"$ready" | wc -c)" -lt 7 ]; then
+      note bench partly "measured ${ready%,}; the tests of the others have not passed" 0
+    fi
+  else
+    note bench "not run" "the kernel tests have not passed: no speed is reported for wrong answers" 0
+  fi
 fi
 step sanitize 120 bash tools/gpu/sanitize.sh "$python"
 step train 180 bash tools/gpu/train_small.sh "$python" "$state"
 
-tar -czf "$out/logs.tar.gz" --exclude ./site -C "$state" .
-cp "$state/bench.txt" "$out/" 2>/dev/null
-"$python" - "$state" "$out" <<'PY'
+summary
+"$python" - "$out" <<'PY'
 import json, pathlib, sys
-state, out = map(pathlib.Path, sys.argv[1:])
-steps = [json.loads(path.read_text()) for path in sorted(state.glob("*.step"))]
-summary = {"steps": steps, "passed": all(s["status"] != "failed" for s in steps)}
-for name in ("machine", "bench"):
-    if (state / f"{name}.json").exists():
-        summary[name] = json.loads((state / f"{name}.json").read_text())
-(out / "verify.json").write_text(json.dumps(summary, indent=1) + "\n")
-for s in steps:
-    print(f"{s['step']:10} {s['status']:8} {s['seconds']:4} s  {s['why']}")
-sys.exit(not summary["passed"])
+found = json.loads((pathlib.Path(sys.argv[1]) / "verify.json").read_text())
+for s in found["steps"]:
+    print(f"{s['step']:26} {s['status']:8} {s['seconds']:4} s  {s['why']}")
+sys.exit(not found["passed"])
 PY

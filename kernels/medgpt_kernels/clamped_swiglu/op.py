@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.reference import ALPHA
-from medgpt_kernels.dispatch import check, check_axes, check_contiguous
+from medgpt_kernels.dispatch import ANY_FLOAT, check, check_axes, check_contiguous, check_dtype, check_positive
 
 
 class _ClampedSwiglu(torch.autograd.Function):
@@ -50,8 +50,9 @@ def clamped_swiglu(gate_up_MG: Tensor, limit: float) -> Tensor:
     """
     check_axes("gate_up_MG", gate_up_MG, "(M, G)")
     check(gate_up_MG.shape[1] % 2 == 0, f"gate_up_MG has {gate_up_MG.shape[1]} columns; allowed: pairs of gate and up")
-    check(gate_up_MG.is_floating_point(), f"gate_up_MG is {gate_up_MG.dtype}; allowed: floating point")
+    check_dtype("gate_up_MG", gate_up_MG, ANY_FLOAT)
     check_contiguous(gate_up_MG=gate_up_MG)
+    check_positive(limit=limit)
     if not torch.is_grad_enabled():
         return _forward(gate_up_MG, limit)
     return _ClampedSwiglu.apply(gate_up_MG, limit)

@@ -10,10 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_axes, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import (
+    ANY_FLOAT,
+    FLOATS,
+    check,
+    check_axes,
+    check_contiguous,
+    check_dtype,
+    check_same_dtype,
+    check_shape,
+    choose,
+    triton_refusal,
+)
 from medgpt_kernels.mx.op import triton_dtype
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**28
 """Default size of a chunk of logits."""
 
@@ -129,20 +139,16 @@ def cross_entropy(
     check_axes("hidden_TH", hidden_TH, "(T, H)")
     check_axes("weight_VH", weight_VH, "(V, H)")
     (T, H), V = hidden_TH.shape, weight_VH.shape[0]
-    check(hidden_TH.is_floating_point(), f"hidden_TH is {hidden_TH.dtype}; allowed: floating point")
-    check(weight_VH.shape == (V, H), f"weight_VH has shape {tuple(weight_VH.shape)}; hidden_TH asks for (V, {H})")
-    check(
-        weight_VH.dtype == hidden_TH.dtype,
-        f"weight_VH is {weight_VH.dtype}, hidden_TH {hidden_TH.dtype}; must be equal",
-    )
-    check(labels_T.shape == (T,), f"labels_T has shape {tuple(labels_T.shape)}; allowed: ({T},)")
-    check(labels_T.dtype == torch.int64, f"labels_T is {labels_T.dtype}; allowed: int64")
+    check_dtype("hidden_TH", hidden_TH, ANY_FLOAT)
+    check(V > 0 and weight_VH.shape[1] == H, f"weight_VH has shape {tuple(weight_VH.shape)}; allowed: (V, {H}), V > 0")
+    check_same_dtype("hidden_TH", hidden_TH=hidden_TH, weight_VH=weight_VH)
+    check_shape("labels_T", labels_T, (T,))
+    check_dtype("labels_T", labels_T, (torch.int64,))
+    check(first_id >= 0, f"first_id={first_id}; it must not be negative")
     check_contiguous(hidden_TH=hidden_TH, weight_VH=weight_VH, labels_T=labels_T)
     check(chunk_tokens is None or chunk_tokens > 0, f"chunk_tokens={chunk_tokens}; it must be greater than 0")
     serves = {"triton": lambda: _triton_refusal(hidden_TH), "reference": lambda: None}
     name = choose("cross_entropy", implementation, serves)
-    if name == "triton":
-        check_float("hidden_TH", hidden_TH, FLOATS)
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (V * hidden_TH.element_size()))
     return _CrossEntropy.apply(hidden_TH, weight_VH, labels_T, first_id, group, ignore_index, chunk, name)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from medgpt_kernels.dispatch import check, triton_refusal
 from medgpt_kernels.mx.op import triton_dtype
-from medgpt_kernels.route.op import RowIndex, _block_e
+from medgpt_kernels.route.blocks import block_e
+from medgpt_kernels.route.rows import RowIndex
 
 GROUP = 8
 """Tiles of rows that are worked on together, so that they share an expert's weights in the cache."""
@@ -160,7 +161,7 @@ def gate_up_fwd(schedule: Schedule, x, x_scales, w: Weights, bias, z, a, a_scale
     launch = _kernels(schedule).gate_up_fwd_kernel[schedule.grid(num_m * cdiv(G, FORWARD_COLUMNS), z.device)]
     if schedule.descriptors:
         E = index.counts.shape[0]
-        launch(*made, index.counts, H, G, E, *scale_strides, limit, BLOCK_E=_block_e(E), **common, **named)
+        launch(*made, index.counts, H, G, E, *scale_strides, limit, BLOCK_E=block_e(E), **common, **named)
     else:
         launch(*made, H, G, *strides, *scale_strides, limit, num_m, **common, **named)
 
@@ -183,7 +184,7 @@ def rows_times(
     if schedule.descriptors:
         E, loaded = index.counts.shape[0], descriptor(rows, [blocks["BLOCK_M"], blocks["BLOCK_K"]])
         launch(loaded, *behind, index.counts, K, N, E, *scale_strides, FLATTEN=schedule.persistent,
-               BLOCK_E=_block_e(E), **common, **named)  # fmt: skip
+               BLOCK_E=block_e(E), **common, **named)  # fmt: skip
     else:
         launch(rows, *behind, K, N, *strides, *scale_strides, num_m, ALONG_K=not transposed, **common, **named)
 
@@ -204,7 +205,7 @@ def down_bwd(
     launch = _kernels(schedule).down_bwd_kernel[schedule.grid(num_m * cdiv(F, columns), z.device)]
     E = index.counts.shape[0]
     if schedule.descriptors:
-        launch(*made, index.counts, H, F, E, index.num_rows, *scale_strides, limit, BLOCK_E=_block_e(E), **common,
+        launch(*made, index.counts, H, F, E, index.num_rows, *scale_strides, limit, BLOCK_E=block_e(E), **common,
                **named)  # fmt: skip
     else:
         launch(*made, H, F, E, *strides, *scale_strides, limit, num_m, **common, **named)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
+from medgpt_kernels.dispatch import check_positive
+from medgpt_kernels.grouped_mlp.checks import check_pair, check_projection, check_rows
 from medgpt_kernels.grouped_mlp.packed import runs
 from medgpt_kernels.grouped_mlp.weight_grads import GradSink
 
@@ -52,7 +54,20 @@ def _products(rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequ
 def grouped_linear(
     rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequence[int], *, direct: bool = False
 ) -> Tensor:
-    """Each run of rows times its expert's weight plus its bias: (M, I) to (M, O)."""
+    """Each run of rows times its expert's weight plus its bias: (M, I) to (M, O).
+
+    Args:
+        counts: rows of each expert, on the host; they add up to M, and any may be 0.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or devices that are not served.
+    """
+    check_projection({"rows_MI": rows_MI}, {"weight_EIO": weight_EIO}, {"bias_EO": bias_EO})
+    check_rows("rows_MI", rows_MI, weight_EIO.shape[1], counts, weight_EIO.shape[0])
+    return _linear(rows_MI, weight_EIO, bias_EO, counts, direct)
+
+
+def _linear(rows_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, counts: Sequence[int], direct: bool) -> Tensor:
     if not torch.is_grad_enabled():
         return _products(rows_MI, weight_EIO, bias_EO, counts)
     return _GroupedLinear.apply(rows_MI, weight_EIO, bias_EO, tuple(counts), direct)
@@ -67,6 +82,15 @@ def grouped_mlp(
     Args:
         counts: rows of each expert, on the host; they add up to M, and any may be 0.
         direct: gradients of weights that have a ``main_grad`` are written there (``weight_grads``).
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or devices that are not served.
     """
-    gate_up_MG = grouped_linear(rows_MH, gate_up_EHG, gate_up_bias_EG, counts, direct=direct)
-    return grouped_linear(clamped_swiglu(gate_up_MG, limit), down_EFH, down_bias_EH, counts, direct=direct)
+    rows = {"rows_MH": rows_MH}
+    check_projection(rows, {"gate_up_EHG": gate_up_EHG}, {"gate_up_bias_EG": gate_up_bias_EG})
+    check_projection(rows, {"down_EFH": down_EFH}, {"down_bias_EH": down_bias_EH})
+    check_rows("rows_MH", rows_MH, gate_up_EHG.shape[1], counts, gate_up_EHG.shape[0])
+    check_pair({"gate_up_EHG": tuple(gate_up_EHG.shape)}, {"down_EFH": tuple(down_EFH.shape)})
+    check_positive(limit=limit)
+    gate_up_MG = _linear(rows_MH, gate_up_EHG, gate_up_bias_EG, counts, direct)
+    return _linear(clamped_swiglu(gate_up_MG, limit), down_EFH, down_bias_EH, counts, direct)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
-from medgpt_kernels.dispatch import check
+from medgpt_kernels.dispatch import (
+    ANY_FLOAT,
+    check,
+    check_devices,
+    check_dtype,
+    check_positive,
+    check_same_dtype,
+    check_shape,
+)
+from medgpt_kernels.grouped_mlp.checks import check_pair, check_rows
 from medgpt_kernels.mx import op as mx
 from medgpt_kernels.mx import reference
 
@@ -29,7 +38,18 @@ class PackedStack:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        mx._check_packed(self.blocks, self.scales)
+        mx.check_packed(self.blocks, self.scales)
+        check(self.blocks.dim() == 4, f"blocks has shape {tuple(self.blocks.shape)}; allowed: (E, N, K / 32, 16)")
+        allowed = (torch.bfloat16, torch.float32, torch.float64)
+        check(
+            self.dtype in allowed, f"dtype is {self.dtype}; allowed: bfloat16, float32, float64, which hold it exactly"
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(E, K, N)."""
+        E, N, groups = self.scales.shape
+        return E, groups * reference.MX_BLOCK, N
 
     def __getitem__(self, expert: int) -> Tensor:
         """(K, N) of one expert, decoded now. Exact in every dtype with the exponents of bf16."""
@@ -76,10 +96,22 @@ def packed_mlp(
     """As ``op.grouped_mlp`` with the weights that the blocks hold, to the bit. Gradients flow to the rows alone.
 
     Raises:
-        ValueError: a bias requires a gradient; experts of this call do not learn.
+        ValueError: shapes, dtypes, layouts or devices that are not served; a bias requires a gradient: experts of this
+            call do not learn.
     """
-    for name, bias in (("gate_up_bias_EG", gate_up_bias_EG), ("down_bias_EH", down_bias_EH)):
-        check(not bias.requires_grad, f"{name} requires a gradient; packed experts do not learn")
+    stacks = (("gate_up", gate_up, "gate_up_bias_EG", gate_up_bias_EG), ("down", down, "down_bias_EH", down_bias_EH))
+    check_dtype("rows_MH", rows_MH, ANY_FLOAT)
+    for name, stack, bias_name, bias in stacks:
+        check(not bias.requires_grad, f"{bias_name} requires a gradient; packed experts do not learn")
+        check(
+            stack.dtype == rows_MH.dtype, f"{name} decodes to {stack.dtype}, rows_MH is {rows_MH.dtype}; must be equal"
+        )
+        check_shape(bias_name, bias, stack.sizes[::2])
+        check_same_dtype("rows_MH", rows_MH=rows_MH, **{bias_name: bias})
+        check_devices(**{"rows_MH": rows_MH, f"{name}.blocks": stack.blocks, bias_name: bias})
+    check_rows("rows_MH", rows_MH, gate_up.sizes[1], counts, gate_up.sizes[0])
+    check_pair({"gate_up": gate_up.sizes}, {"down": down.sizes})
+    check_positive(limit=limit)
     counts = tuple(counts)
     inner_MF = clamped_swiglu(_PackedLinear.apply(rows_MH, gate_up, gate_up_bias_EG, counts), limit)
     return _PackedLinear.apply(inner_MF, down, down_bias_EH, counts)

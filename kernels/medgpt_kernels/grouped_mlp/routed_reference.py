@@ -1,9 +1,11 @@
-"""The whole MoE layer behind the router in plain torch, forward and backward written out, with or without FP8.
+"""The whole MoE layer behind the router in plain torch, forward and backward written out, in every precision.
 
-Without FP8 it is ``reference.grouped_mlp`` between a gather and a weighted sum. With it, operands are rounded where the
-fused kernels round them: tokens, activations and gradients to E4M3 with a power of two per 128 of a row, weights with
-one per 128x128 tile; weight gradients use the unrounded operands. Experts that do not learn may be packed: one matrix
-of one expert is decoded at a time, for the forward product and again for the backward one.
+In ``bf16`` it is ``reference.grouped_mlp`` between a gather and a weighted sum. In ``fp8`` operands are rounded where
+the fused kernels round them: tokens, activations and gradients to E4M3 with a power of two per 128 of a row, weights
+with one per 128x128 tile; weight gradients use the unrounded operands. In ``mxfp4`` weights alone are rounded, in
+blocks along the axis that the forward product sums over; their gradients pass straight through. Experts that do not
+learn may be packed. One matrix of one expert is rounded or decoded at a time, for the forward product and again for the
+backward one.
 """
 
 from __future__ import annotations
@@ -22,17 +24,23 @@ from medgpt_kernels.mx import reference as mx
 @dataclass(frozen=True, slots=True)
 class _Numbers:
     limit: float
-    fp8: bool
+    precision: str
     direct: bool = False
 
     def rows(self, x: Tensor) -> Tensor:
         """What the left side of a product holds."""
-        return mx.dequantise_rows(*mx.quantise_rows(x), dtype=x.dtype) if self.fp8 and x.shape[0] else x
+        if self.precision != "fp8" or not x.shape[0]:
+            return x
+        return mx.dequantise_rows(*mx.quantise_rows(x), dtype=x.dtype)
 
     def weight(self, w_KN: Tensor) -> Tensor:
-        if not self.fp8:
-            return w_KN
-        return mx.dequantise_tiles(*mx.quantise_tiles(w_KN[None]), dtype=w_KN.dtype)[0]
+        if self.precision == "fp8":
+            return mx.dequantise_tiles(*mx.quantise_tiles(w_KN[None]), dtype=w_KN.dtype)[0]
+        if self.precision == "mxfp4":
+            decode = mx.dequantise_mxfp4 if w_KN.is_cuda else mx.dequantise_mxfp4_by_table
+            # Contiguous, so that a product runs as it does with a weight that needs no rounding, to the bit.
+            return decode(*mx.quantise_mxfp4(w_KN.t()), w_KN.dtype).t().contiguous()
+        return w_KN
 
 
 def _halves(z_MG: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +103,7 @@ class _RoutedMLP(torch.autograd.Function):
 
 def routed_mlp(
     x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_EHG: Tensor | PackedStack, gate_up_bias_EG: Tensor,
-    down_EFH: Tensor | PackedStack, down_bias_EH: Tensor, *, limit: float, fp8: bool = False,
+    down_EFH: Tensor | PackedStack, down_bias_EH: Tensor, *, limit: float, precision: str = "bf16",
     direct: bool = False,
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, (T, H), in the dtype of ``x_TH``.
@@ -106,5 +114,6 @@ def routed_mlp(
         gate_up_EHG, down_EFH: tensors, or both ``PackedStack``: then neither they nor the biases get gradients.
     """
     return _RoutedMLP.apply(
-        x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH, _Numbers(limit, fp8, direct)
-    )
+        x_TH, weights_TK, experts_TK, gate_up_EHG, gate_up_bias_EG, down_EFH, down_bias_EH,
+        _Numbers(limit, precision, direct),
+    )  # fmt: skip

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medgpt_kernels.dispatch import check, check_contiguous
+
 
 def is_direct(weight: Tensor) -> bool:
     """Does the weight have a buffer to write to?"""
@@ -23,6 +25,9 @@ class GradSink:
     Args:
         weight: the parameter itself, not a function of it.
         direct: write into ``weight.main_grad`` where it has one.
+
+    Raises:
+        ValueError: ``main_grad`` is not of the weight's shape, or not contiguous.
     """
 
     def __init__(self, weight: Tensor, *, direct: bool) -> None:
@@ -30,6 +35,11 @@ class GradSink:
         self.direct = direct and is_direct(weight)
         self.accumulate = self.direct and bool(weight.grad_added_to_main_grad)  # type: ignore[attr-defined]
         self.out: Tensor = weight.main_grad if self.direct else torch.empty_like(weight)  # type: ignore[attr-defined]
+        check(
+            self.out.shape == weight.shape,
+            f"main_grad has shape {tuple(self.out.shape)}; allowed: {tuple(weight.shape)}",
+        )
+        check_contiguous(weight=weight, main_grad=self.out)
         self._idle = set(range(weight.shape[0]))
 
     def add_product(self, expert: int, rows_MK: Tensor, grad_MN: Tensor) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_contiguous, check_float, choose, triton_refusal
+from medgpt_kernels.dispatch import FLOATS, check, check_contiguous, check_dtype, choose, triton_refusal
 from medgpt_kernels.mx import reference
 from medgpt_kernels.mx.reference import E4M3, FP8_BLOCK, MX_BLOCK
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -65,7 +63,7 @@ def quantise_rows(x_MK: Tensor, *, implementation: str = "auto") -> tuple[Tensor
         ValueError: dtype, layout or dimensions that are not served.
     """
     check(x_MK.dim() == 2 and x_MK.shape[1] > 0, f"x_MK has shape {tuple(x_MK.shape)}; allowed: (M, K) with K > 0")
-    check_float("x_MK", x_MK, FLOATS)
+    check_dtype("x_MK", x_MK, FLOATS)
     check_contiguous(x_MK=x_MK)
     codes, scales = _quantise_rows(x_MK, choose("mx.quantise_rows", implementation, _serves(x_MK)))
     return codes.view(E4M3), scales
@@ -103,7 +101,7 @@ def quantise_tiles(w_ERC: Tensor, *, implementation: str = "auto") -> tuple[Tens
     check(
         w_ERC.dim() == 3 and w_ERC.numel() > 0, f"w_ERC has shape {tuple(w_ERC.shape)}; allowed: (E, R, C), not empty"
     )
-    check_float("w_ERC", w_ERC, FLOATS)
+    check_dtype("w_ERC", w_ERC, FLOATS)
     check_contiguous(w_ERC=w_ERC)
     codes, scales = _quantise_tiles(w_ERC, choose("mx.quantise_tiles", implementation, _serves(w_ERC)))
     return codes.view(E4M3), scales
@@ -143,17 +141,22 @@ def quantise_mxfp4(w: Tensor, *, mode: str = "up", implementation: str = "auto")
     """
     check(mode in reference.SCALE_MODES, f"mode is {mode!r}; allowed: {', '.join(reference.SCALE_MODES)}")
     check(w.dim() > 0 and w.shape[-1] % MX_BLOCK == 0, f"w has {tuple(w.shape)}; its last axis must divide by 32")
-    check_float("w", w, FLOATS)
+    check_dtype("w", w, FLOATS)
     check_contiguous(w=w)
     serves = {**_cuda_serves(w, w.dtype, (torch.bfloat16,)), **_serves(w)}
     return _quantise_mxfp4(w, mode, choose("mx.quantise_mxfp4", implementation, serves))
 
 
-def _check_packed(blocks: Tensor, scales: Tensor) -> None:
+def check_packed(blocks: Tensor, scales: Tensor) -> None:
+    """Refuse blocks and scales that are not MXFP4's.
+
+    Raises:
+        ValueError: dtypes, shapes, layouts or devices.
+    """
     for name, tensor in (("blocks", blocks), ("scales", scales)):
-        check(tensor.dtype == torch.uint8, f"{name} is {tensor.dtype}; allowed: uint8")
+        check_dtype(name, tensor, (torch.uint8,))
     check(
-        blocks.shape[-1] == MX_BLOCK // 2 and blocks.shape[:-1] == scales.shape,
+        blocks.dim() > 1 and blocks.shape[-1] == MX_BLOCK // 2 and blocks.shape[:-1] == scales.shape,
         f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)}; allowed: (..., K / 32, 16) and (..., K / 32)",
     )
     check_contiguous(blocks=blocks, scales=scales)
@@ -165,6 +168,7 @@ def check_scales(scales: Tensor) -> None:
     Raises:
         ValueError: an E8M0 byte is 255.
     """
+    check_dtype("scales", scales, (torch.uint8,))
     bad = int((scales == 255).sum())
     check(
         bad == 0,
@@ -197,7 +201,7 @@ def dequantise_mxfp4(
     blocks: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.bfloat16, implementation: str = "auto"
 ) -> Tensor:
     """MXFP4 to (..., K), exact in bf16 and fp32; a NaN scale gives NaN (see ``check_scales``)."""
-    _check_packed(blocks, scales)
+    check_packed(blocks, scales)
     check(dtype in (torch.bfloat16, torch.float32), f"dtype is {dtype}; allowed: bfloat16, float32")
     serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
     return _dequantise_mxfp4(blocks, scales, dtype, choose("mx.dequantise_mxfp4", implementation, serves))
@@ -247,7 +251,7 @@ def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, *, implementation: str = "auto
     check(
         blocks.dim() == 4 and blocks.numel() > 0, f"blocks has shape {tuple(blocks.shape)}; allowed: (E, N, K / 32, 16)"
     )
-    _check_packed(blocks, scales)
+    check_packed(blocks, scales)
     serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
     codes, tile_scales, fits = _mxfp4_to_e4m3(blocks, scales, choose("mx.mxfp4_to_e4m3", implementation, serves))
     return codes.view(E4M3), tile_scales, fits

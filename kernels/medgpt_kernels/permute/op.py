@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.dispatch import (
+    ANY_FLOAT,
+    FLOATS,
     check,
     check_axes,
     check_contiguous,
-    check_float,
+    check_dtype,
     check_shape,
     choose,
     triton_refusal,
 )
-from medgpt_kernels.mx.op import FLOATS, triton_dtype
+from medgpt_kernels.mx.op import triton_dtype
 from medgpt_kernels.permute import reference
 from medgpt_kernels.permute.reference import payload_width
-from medgpt_kernels.route.op import RowIndex
+from medgpt_kernels.route.rows import RowIndex
 
 BLOCK = {"BLOCK_H": 128}
 
@@ -138,7 +140,8 @@ def unpack_fp8(payload_RP: Tensor, hidden: int, dtype: torch.dtype, *, implement
     """The rows of a payload, (R, H); exact in bf16 and fp32 (E4M3 times a power of two)."""
     check_axes("payload_RP", payload_RP, "(R, P)")
     check(dtype in FLOATS, f"dtype is {dtype}; allowed: bfloat16, float16, float32")
-    check(payload_RP.dtype == torch.uint8, f"payload_RP is {payload_RP.dtype}; allowed: uint8")
+    check_dtype("payload_RP", payload_RP, (torch.uint8,))
+    check(hidden > 0, f"hidden={hidden}; it must be greater than 0")
     width = payload_width(hidden)
     check(
         payload_RP.shape[1] == width,
@@ -151,10 +154,10 @@ def unpack_fp8(payload_RP: Tensor, hidden: int, dtype: torch.dtype, *, implement
 
 
 def _check(tensor: Tensor, name: str, implementation: str, rows: int, index: RowIndex) -> None:
-    check_float(name, tensor, (*FLOATS, torch.float64) if implementation == "reference" else FLOATS)
+    check_dtype(name, tensor, ANY_FLOAT if implementation == "reference" else FLOATS)
     check(tensor.dim() == 2, f"{name} has shape {tuple(tensor.shape)}; allowed: two axes")
     check(tensor.shape[0] == rows, f"{name} has {tensor.shape[0]} rows; the index is for {rows}")
-    check_contiguous(**{name: tensor, "index": index.row_entry})
+    check_contiguous(**{name: tensor, "index": index.row_entry, "index.token_row": index.token_row})
 
 
 class _Permute(torch.autograd.Function):
@@ -200,11 +203,10 @@ def combine(rows_RH: Tensor, weights_TK: Tensor | None, index: RowIndex, *, impl
     _check(rows_RH, "rows_RH", implementation, index.num_rows, index)
     if weights_TK is not None:
         check_shape("weights_TK", weights_TK, tuple(index.token_row.shape))
+        check_dtype("weights_TK", weights_TK, ANY_FLOAT if implementation == "reference" else (torch.float32,))
+        check_contiguous(rows_RH=rows_RH, weights_TK=weights_TK)
     if choose("combine", implementation, _serves(rows_RH)) == "reference":
         return reference.combine(rows_RH, index.token_row, weights_TK)
-    if weights_TK is not None:
-        check_float("weights_TK", weights_TK, (torch.float32,))
-        check_contiguous(rows_RH=rows_RH, weights_TK=weights_TK)
     return _Combine.apply(rows_RH, weights_TK, index.row_entry, index.token_row)
 
 
@@ -239,6 +241,8 @@ def permute_exchange_fp8(
         forth: exchanges a uint8 (R, bytes) buffer by rows, for example an all-to-all with fixed splits.
         back: the inverse exchange, for the gradient (M_received, H), which is summed over the rows of a token.
     """
+    check_axes("x_TH", x_TH, "(T, H)")
+    check(index.tile == 1, f"index.tile={index.tile}; allowed: 1, a payload has no padding")
     return _Exchange.apply(x_TH, index, forth, back, implementation)
 
 
@@ -254,6 +258,8 @@ def exchange_fp8(
     Args:
         forth, back: see ``permute_exchange_fp8``.
     """
+    check_axes("rows_MH", rows_MH, "(M, H)")
+    check_dtype("rows_MH", rows_MH, ANY_FLOAT if implementation == "reference" else FLOATS)
     one_each = torch.arange(rows_MH.shape[0], dtype=torch.int32, device=rows_MH.device)
     index = RowIndex(one_each, one_each[:, None], one_each[:0], one_each[:0], 1)
     return _Exchange.apply(rows_MH, index, forth, back, implementation)

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.dispatch import (
+    ANY_FLOAT,
+    FLOATS,
     check,
     check_axes,
     check_contiguous,
-    check_float,
+    check_dtype,
+    check_positive,
+    check_same_dtype,
     check_shape,
     choose,
     triton_refusal,
 )
-from medgpt_kernels.mx.op import FLOATS, triton_dtype
+from medgpt_kernels.mx.op import triton_dtype
 from medgpt_kernels.projector import reference
 
 LAUNCH = {"num_warps": 8, "num_stages": 3}
@@ -42,6 +46,8 @@ class Placement:
     """Patches along one edge of an image."""
     fold: int
     num_images: int
+    num_places: int
+    """One more than the largest place: a sequence needs that many rows."""
 
 
 def placement(
@@ -57,10 +63,13 @@ def placement(
     Raises:
         ValueError: a token or place is out of range, or a place is named twice.
     """
+    check(num_images >= 0, f"num_images={num_images}; it must not be negative")
+    check_positive(side=side, fold=fold)
     per_image = (side // fold) ** 2
     check(side % fold == 0, f"fold={fold} does not divide side={side}")
     check(len(tokens) == len(places), f"{len(tokens)} tokens for {len(places)} places")
     check(len(set(places)) == len(places), "places names a position twice")
+    check(min(places, default=0) >= 0, f"places holds {min(places, default=0)}; a place must not be negative")
     check(all(0 <= t < num_images * per_image for t in tokens), f"tokens must lie in 0 .. {num_images * per_image - 1}")
     most = max(Counter(tokens).values(), default=1)
     users = torch.full((num_images * per_image, most), -1, dtype=torch.int32)
@@ -71,7 +80,9 @@ def placement(
     first = reference.first_patches(num_images, side, fold)
     patch = first[torch.tensor(list(tokens), dtype=torch.long)]
     place = torch.tensor(list(places), dtype=torch.int32)
-    return Placement(patch.to(device), place.to(device), users.to(device), side, fold, num_images)
+    return Placement(
+        patch.to(device), place.to(device), users.to(device), side, fold, num_images, max(places, default=-1) + 1
+    )
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -226,14 +237,17 @@ def project_into(
     check(weight_1.shape[1] == D, f"weight_1 has {weight_1.shape[1]} columns; the shuffled rows have {D}")
     check(weight_2.shape == (text_SBH.shape[-1], weight_1.shape[0]), f"weight_2 has shape {tuple(weight_2.shape)}; "
           f"allowed: {(text_SBH.shape[-1], weight_1.shape[0])}")  # fmt: skip
-    for name, tensor in (("text_SBH", text_SBH), ("weight_1", weight_1), ("weight_2", weight_2)):
-        check(tensor.dtype == features_IPF.dtype, f"{name} is {tensor.dtype}, features_IPF {features_IPF.dtype}")
+    rows = text_SBH.shape[0] * text_SBH.shape[1]
+    check(at.num_places <= rows, f"text_SBH has {rows} rows; the placement writes to row {at.num_places - 1}")
+    check_dtype("features_IPF", features_IPF, ANY_FLOAT if implementation == "reference" else FLOATS)
+    check_same_dtype("features_IPF", features_IPF=features_IPF, text_SBH=text_SBH, weight_1=weight_1, weight_2=weight_2)
+    check_positive(eps=eps)
     learned = {"bias_1": (bias_1, weight_1.shape[0]), "bias_2": (bias_2, weight_2.shape[0])}
     if norm is not None:
         learned |= {"norm[0]": (norm[0], D), "norm[1]": (norm[1], D)}
     for name, (tensor, size) in learned.items():
         check_shape(name, tensor, (size,))
-        check(tensor.is_floating_point(), f"{name} is {tensor.dtype}; allowed: floating point")
+        check_dtype(name, tensor, ANY_FLOAT)
     check_contiguous(
         text_SBH=text_SBH, features_IPF=features_IPF, weight_1=weight_1, weight_2=weight_2, at=at.patch_N,
         **{name: tensor for name, (tensor, _) in learned.items()},
@@ -244,7 +258,6 @@ def project_into(
             text_SBH, features_IPF, at.patch_N, at.place_N, weight_1, bias_1, weight_2, bias_2, side=at.side,
             fold=at.fold, norm=norm, eps=eps,
         )  # fmt: skip
-    check_float("features_IPF", features_IPF, FLOATS)
     if norm is None:
         return _Project.apply(text_SBH, features_IPF, weight_1, bias_1, weight_2, bias_2, at, True)
     rows = _Front.apply(features_IPF, *norm, at, eps)

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medgpt_kernels.dispatch import check, check_axes, check_shape
+from medgpt_kernels.dispatch import (
+    ANY_FLOAT,
+    check,
+    check_axes,
+    check_dtype,
+    check_positive,
+    check_same_dtype,
+    check_shape,
+)
 from medgpt_kernels.sink_attention import fused_cpu, reference
 
 IMPLEMENTATIONS = ("reference", "fused_cpu", "flex")
@@ -37,11 +45,22 @@ class PackedRows:
         document_ids_BS: equal within a document, different between neighbours; on the device of the queries.
         implementation: one of ``IMPLEMENTATIONS``.
         branches: (branch ids, position ids), each (B, S), where documents fork (see ``reference.visible``).
+
+    Raises:
+        ValueError: names the argument and what is allowed.
     """
 
     def __init__(
         self, document_ids_BS: Tensor, implementation: str, branches: tuple[Tensor, Tensor] | None = None
     ):  # fmt: skip
+        check_axes("document_ids_BS", document_ids_BS, "(B, S)")
+        check_dtype("document_ids_BS", document_ids_BS, (torch.int32, torch.int64))
+        check(
+            implementation in IMPLEMENTATIONS,
+            f"implementation={implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}",
+        )
+        for name, ids_BS in zip(("branches[0]", "branches[1]"), branches or ()):
+            check_shape(name, ids_BS, tuple(document_ids_BS.shape))
         self.document_ids_BS = document_ids_BS
         self.branches = branches
         self.implementation = implementation
@@ -70,8 +89,10 @@ def _check(query_BASD: Tensor, key_BQSD: Tensor, value_BQSD: Tensor, sinks_A: Te
     check(Q > 0 and A % Q == 0, f"key_BQSD has shape {tuple(key_BQSD.shape)}; its second axis must divide {A} heads")
     for name, tensor in (("key_BQSD", key_BQSD), ("value_BQSD", value_BQSD)):
         check_shape(name, tensor, (B, Q, S, D))
-        check(tensor.dtype == query_BASD.dtype, f"{name} is {tensor.dtype}, query_BASD {query_BASD.dtype}")
+    check_dtype("query_BASD", query_BASD, ANY_FLOAT)
+    check_same_dtype("query_BASD", query_BASD=query_BASD, key_BQSD=key_BQSD, value_BQSD=value_BQSD)
     check_shape("sinks_A", sinks_A, (A,))
+    check_dtype("sinks_A", sinks_A, ANY_FLOAT)
     check_shape("document_ids_BS", rows.document_ids_BS, (B, S))
     devices = {"key_BQSD": key_BQSD, "value_BQSD": value_BQSD, "sinks_A": sinks_A, "documents": rows.document_ids_BS}
     for name, tensor in devices.items():
@@ -96,6 +117,8 @@ def sink_attention(
         ValueError: shapes, dtypes or devices that are not served.
     """
     _check(query_BASD, key_BQSD, value_BQSD, sinks_A, rows)
+    check(window is None or window > 0, f"window={window}; it must be greater than 0, or None")
+    check_positive(scale=scale)
     if rows.implementation == "reference":
         return reference.sink_attention(
             query_BASD, key_BQSD, value_BQSD, sinks_A, rows.document_ids_BS, window=window, scale=scale,

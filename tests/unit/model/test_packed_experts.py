@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,16 @@ def one_process():
     groups.start(timeout_s=60)
     yield groups.build_groups(make_layout(ParallelConfig(), MODEL, 1))
     groups.stop()
+
+
+PEAK = Path("/proc/self/clear_refs")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process held since the last call."""
+    status = Path("/proc/self/status").read_text()
+    PEAK.write_text("5")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def build(one_process, *, packed: bool, experts: str = "auto", dtype=torch.float32):
@@ -106,7 +117,36 @@ def test_the_20b_preset_keeps_423_mb_a_layer_and_nothing_of_the_experts_beside_i
     packed, plain = (rank_memory(model, layout, replace(stage, experts=e), **made) for e in ("packed", "plain"))
     matrices = 24 * 32 * 3 * 2880 * 2880
     assert plain.weights - packed.weights == matrices * 2 - matrices * 17 // 32
-    assert packed.workspace - plain.workspace <= 2 * 2880 * 2880 * 2
+    assert packed.workspace - plain.workspace <= 2 * (2 * 2880 * 2880 * 2)
+
+
+@pytest.mark.skipif(not PEAK.exists(), reason="needs Linux's account of a process's memory")
+def test_a_layer_of_the_20b_is_never_unpacked_as_a_whole_in_either_pass(one_process):
+    """By the process's own peak. Every expert that has rows is decoded, one matrix after the other: 33 MB in bf16 and
+    what decoding takes, where the layer as a whole would take 1.59 GB."""
+    layout = make_layout(ParallelConfig(), ModelConfig(language=GPT_OSS_20B, vision=TINY_CLIP), 1)
+    config = engine_config(
+        GPT_OSS_20B, layout=layout, dtype=torch.bfloat16, kernels=KernelConfig(), packed_experts=True
+    )
+    layer = PackedExperts(GPT_OSS_20B.num_experts, config, pg_collection=one_process)
+    for name, buffer in layer.named_buffers():
+        buffer.fill_(117 if name.endswith("scales") else 0x31)
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+        parameter.requires_grad_(False)
+    counts = [1 if expert < 4 else 0 for expert in range(GPT_OSS_20B.num_experts)]
+    rows = torch.ones(4, 2880, dtype=torch.bfloat16, requires_grad=True)
+    grown = {}
+    before = peak_bytes()
+    out, _ = layer(rows, counts, torch.ones(4, dtype=torch.bfloat16))
+    grown["forward"] = peak_bytes() - before
+    before = peak_bytes()
+    out.sum().backward()
+    grown["backward"] = peak_bytes() - before
+    assert rows.grad.isfinite().all() and rows.grad.count_nonzero()
+    whole, matrix = 32 * 3 * 2880 * 2880 * 2, 2 * 2880 * 2880 * 2
+    assert max(grown.values()) < whole / 4, grown
+    assert max(grown.values()) > matrix, grown
 
 
 @pytest.mark.parametrize("passes", ["forward", "backward"])
@@ -128,8 +168,8 @@ def test_the_planner_counts_what_a_pass_in_fp8_makes_of_packed_experts(passes):
     stage = replace(STAGE, experts="packed", sequence_length=64)
     layout = make_layout(ParallelConfig(), model, 1)
     plain, fp8 = (
-        rank_memory(model, layout, stage, precision="bf16", recompute="none", pipeline_rank=0, experts_kernel=kernel)
-        for kernel in ("bf16", "fp8")
+        rank_memory(model, layout, stage, precision="bf16", recompute="none", pipeline_rank=0, kernels=chosen)
+        for chosen in (KernelConfig(experts="bf16"), KernelConfig(experts="fp8"))
     )
     assert fp8.workspace >= used and fp8.weights == plain.weights
 

@@ -5,19 +5,20 @@ import logging
 
 import pytest
 
-from megatron_medgpt.observe.log import PACKAGE, say_platform, set_up_log
+from megatron_medgpt.observe.log import KERNELS, PACKAGE, say_platform, set_up_log
 from megatron_medgpt.observe.progress import Progress, describe_step, duration
 
 
 @pytest.fixture
 def console(capsys):
-    logger = logging.getLogger(PACKAGE)
-    before = list(logger.handlers), logger.level, logger.propagate
+    loggers = [logging.getLogger(name) for name in (PACKAGE, KERNELS)]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield capsys
-    for handler in set(logger.handlers) - set(before[0]):
-        handler.close()
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
+    for logger, (handlers, level, propagate) in zip(loggers, before):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def test_rank_0_speaks_and_other_ranks_only_warn(console):
@@ -29,6 +30,17 @@ def test_rank_0_speaks_and_other_ranks_only_warn(console):
     first, second = console.readouterr().err.splitlines()
     assert first[2] == ":" and first.endswith(" step 3")
     assert second.endswith(" rank 5: warning: odd")
+
+
+def test_a_kernel_says_once_which_implementation_serves(console, monkeypatch):
+    from medgpt_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_said", set())
+    set_up_log(0)
+    for _ in range(2):
+        dispatch.choose("combine", "auto", {"triton": lambda: "no GPU", "reference": lambda: None})
+    (line,) = console.readouterr().err.splitlines()
+    assert line.endswith(" kernel combine: reference (auto)")
 
 
 def test_setting_up_twice_prints_every_line_once(console):

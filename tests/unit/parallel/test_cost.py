@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_medgpt.config.presets import GPT_OSS_20B, GPT_OSS_120B
-from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ParallelConfig
 from megatron_medgpt.parallel.cost import Work, chunk_seconds, distinct_places, exchange_bytes, step_seconds
 from megatron_medgpt.parallel.hardware import accelerator
 from megatron_medgpt.parallel.plan import make_layout
@@ -50,6 +50,32 @@ def test_sending_each_token_once_a_rank_costs_the_derived_bytes(language, expert
     near, out = exchange_bytes(language, tokens=8192, expert=expert, domains=1, work=replace(WORK, dispatch="once"))
     assert near / 1e6 == pytest.approx(megabytes, rel=0.01)
     assert out == 0
+
+
+def test_rows_sent_in_fp8_take_an_eighth_off_all_four_passes():
+    """2,912 bytes instead of 5,760 for a row of 2,880, on the way to the experts in the forward pass alone."""
+    layout = make_layout(ParallelConfig(expert=8), MODEL, 8)
+    bf16, fp8 = (
+        chunk_seconds(MODEL, layout, H100, replace(WORK, kernels=KernelConfig(dispatch=how)), chunk=0, efficiency=0.4)
+        for how in ("bf16", "fp8")
+    )
+    assert fp8.exchange / bf16.exchange == pytest.approx((3 + 2912 / 5760) / 4)
+    assert fp8.forward < bf16.forward and fp8.backward == bf16.backward
+
+
+@pytest.mark.parametrize("frozen", [(), ("experts",)])
+def test_experts_in_fp8_save_what_their_products_take_less_what_rounding_moves(frozen):
+    """At 8,192 tokens on one H200 the floors of the layer's products are 2.06 ms forward in BF16 and 1.30 in FP8; its
+    weights are read and written in E4M3 in 0.56 ms. Products for the weights stay in BF16."""
+    layout, gpu = make_layout(ParallelConfig(), MODEL, 1), accelerator("h200")
+    work = replace(WORK, micro_batch_rows=2, frozen=frozen)
+    bf16, fp8 = (
+        chunk_seconds(MODEL, layout, gpu, replace(work, kernels=KernelConfig(experts=how)), chunk=0, efficiency=1.0)
+        for how in ("bf16", "fp8")
+    )
+    saved = (2.064e-3 - 1.305e-3 - 0.556e-3) * 24
+    assert bf16.forward - fp8.forward == pytest.approx(saved, rel=0.02)
+    assert bf16.backward - fp8.backward == pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.parametrize(("expert", "domains", "megabytes"), [(16, 2, 44), (32, 4, 97), (64, 8, 138)])

@@ -175,3 +175,43 @@ def test_a_model_can_be_given_as_yaml(tmp_path):
     tree = json.loads(run_plan(str(tmp_path / "m.yaml"), gpus=2, sequence_length=256, json=True))
     assert ModelConfig(language=TINY, vision=TINY_CLIP).tokens_per_image < 256
     assert tree["parameters"]["experts"] > 0
+
+
+def test_a_plan_takes_kernels_as_training_does_and_writes_them_into_the_run(tmp_path):
+    """Memory and time follow the choice; FP8's rate is said to be an assumption."""
+    out = tmp_path / "run.yaml"
+    given = {"gpus": 8, "gpu": "h200", "json": True, "keep": 1}
+    plain = json.loads(run_plan("gpt-oss-20b", **given))
+    fp8 = json.loads(run_plan("gpt-oss-20b", ["kernels.experts=fp8", "kernels.permute=fused"], out=out, **given))
+    chunked = json.loads(run_plan("gpt-oss-20b", ["kernels.loss=chunked"], **given))
+    assert fp8["kernels"]["experts"] == load_run(out).kernels.experts == "fp8"
+    assert load_run(out).kernels.permute == "fused"
+    assert fp8["layouts"][0]["step"]["total"] < plain["layouts"][0]["step"]["total"]
+    assert chunked["layouts"][0]["peak_bytes"] < plain["layouts"][0]["peak_bytes"]
+    assert chunked["layouts"][0]["step"]["total"] > plain["layouts"][0]["step"]["total"]
+    table = run_plan("gpt-oss-20b", ["kernels.experts=fp8"], gpus=8, keep=1)
+    assert "kernels.experts=fp8" in table and "1.58 times as fast as in BF16: not measured" in table
+
+
+def test_a_run_given_as_yaml_brings_its_kernels(tmp_path):
+    text = "model:\n  language: tiny\n  vision: tiny-clip\nkernels:\n  experts: mxfp4\n  loss: chunked\n"
+    (tmp_path / "m.yaml").write_text(text)
+    given = {"gpus": 1, "sequence_length": 256, "json": True}
+    assert json.loads(run_plan(str(tmp_path / "m.yaml"), **given))["kernels"]["experts"] == "mxfp4"
+    changed = json.loads(run_plan(str(tmp_path / "m.yaml"), ["kernels.experts=bf16"], **given))["kernels"]
+    assert (changed["experts"], changed["loss"]) == ("bf16", "chunked")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("kernels.experts=fast", "kernels.experts='fast'; allowed: auto, reference"),
+        ("kernels.expert=fp8", "unknown field 'kernels.expert'; did you mean 'experts'?"),
+        ("kernels.permute=fused", "kernels.permute=fused gives the experts rows in any order"),
+        ("stages.train.num_steps=3", "a plan takes kernels.field=value alone"),
+        ("kernels.experts", "is not of the form section.field=value"),
+    ],
+)
+def test_kernels_that_no_run_could_have_are_refused(override, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        run_plan("tiny", [override], gpus=1, sequence_length=256)

@@ -1,4 +1,4 @@
-"""The decoder layers where they lie whole on this rank, for new tokens: the same arithmetic without the engine's machinery.
+"""Decoder layers that lie whole on this rank, for new tokens: the same arithmetic without the engine's machinery.
 
 megatron-core spends 1.0 ms of Python on a token in a layer of a small model (CPU), most of it on dispatching to experts
 of other ranks, and 0.3 ms around the layers. Where there are none, and no gradient is wanted, this is what is left.

@@ -149,7 +149,8 @@ def written(sides: Sides, questions: list[Question], new_tokens: int, repeats: i
 
 
 def in_turn(sides: dict[str, Callable], repeats: int) -> tuple[dict, dict]:
-    """Median seconds of each side, one run apart as warm-up; the least and the greatest ratio of a turn; what each found."""
+    """Median seconds of each side and ratio of a turn, the least and the greatest, one turn apart as warm-up; and what
+    each found."""
     wall, cpu, found = {name: [] for name in sides}, {name: [] for name in sides}, {}
     for repeat in range(repeats + 1):
         for name in sorted(sides, reverse=repeat % 2 == 1):

@@ -67,7 +67,10 @@ def interval_chart(rows: Sequence[tuple[str, float, Sequence[float] | None, str]
         parts.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 12}" text-anchor="middle">guessing {chance:.0%}</text>')
     for place, (name, value, interval, colour) in enumerate(rows):
         y = TOP + 16 + 30 * place
-        parts.append(f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end"><title>{escape(name)}</title>'
+            f"{escape(_fitting(name, left - 10))}</text>"
+        )
         parts.append(
             f'<rect class="bar {colour}" x="{left}" y="{y - 8}" width="{scale(value) - left:.1f}" height="16"/>'
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from question_folders import OPTIONS, omnimedvqa_folder, write_predictions
 
+from megatron_medgpt.commands.evaluate import score as score_command
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.paired import compare, mcnemar_exact, read_verdicts
 from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction, read_predictions
@@ -167,6 +168,19 @@ def test_two_runs_are_compared_question_by_question(folder, tmp_path):
         "difference": round((wrong_first - 1) / 16, 6), "p_value": mcnemar_exact(1, wrong_first),
     }  # fmt: skip
     assert json.loads((tmp_path / "b.json").read_text())["paired"] == result["paired"]
+
+
+def test_what_became_no_verdict_is_said(folder, tmp_path, capsys):
+    path = write_predictions(tmp_path / "p.jsonl", {"P_0000": "none", "P_0001": "none", "Q": "of another set"})
+    path.write_text(path.read_text() + '{"question_id": "P_0001", "prediction": ""}\n')
+    score_command("phantoms", folder, path, tmp_path / "a.json", protocol="official-qa")
+    said = capsys.readouterr().out
+    assert (
+        "without an answer, so wrong: 15; answers to questions that the set lacks (e.g. Q): 1; ids given again" in said
+    )
+    path = write_predictions(tmp_path / "q.jsonl", right_answers())
+    score_command("phantoms", folder, path, tmp_path / "b.json", protocol="official-qa")
+    assert "(official-qa); written to" in capsys.readouterr().out
 
 
 def test_runs_of_another_protocol_or_other_questions_are_not_compared(folder, tmp_path):

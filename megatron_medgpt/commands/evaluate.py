@@ -159,9 +159,7 @@ def _left_over(result: dict) -> str:
     given, unknown = result["predictions"], ", ".join(result["predictions"]["unknown_examples"][:1])
     counts = {
         "without an answer, so wrong": result["failed"],
-        f"answers to questions that the set lacks (e.g. {', '.join(given['unknown_examples'][:1])})": given[
-            "unknown_ids"
-        ],
+        f"answers to questions that the set lacks (e.g. {unknown})": given["unknown_ids"],
         "ids given again, of which the last line counts": given["repeated_ids"],
         "problems of the set, which the file names": sum(result["problems"].values()),
     }

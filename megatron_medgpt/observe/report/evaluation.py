@@ -49,7 +49,7 @@ def modality_name(modality: str) -> str:
 def answerer(result: Mapping[str, Any]) -> str:
     """Who gave the answers: the run's own model, an exported folder, a server's model, or a file of answers."""
     if "predictions" in result:
-        return result["predictions"].get("file", "Recorded answers")
+        return Path(result["predictions"].get("file", "recorded answers")).stem
     engine = result.get("engine", "")
     if engine.startswith("endpoint ") and " model " in engine:
         return engine.split(" model ", 1)[1]
@@ -144,12 +144,27 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "words": _word_figures(result),
         "macro": result.get("macro_by_modality"),
         "by": _said_by(result),
+        "paired": _paired(result, name),
         "chart": charts.interval_chart(bars, result.get("chance")),
         "right": "" if result.get("correct") is None else f"{result['correct']:,} of {result['n']:,}",
         "counts": {name: count for name, count in counts.items() if count is not None},
         "table": _table(result),
         "published": published,
     }
+
+
+def _paired(result: Mapping[str, Any], name: str) -> str:
+    """The paired test against another evaluation in words; nothing where none was made."""
+    paired = result.get("paired")
+    if not paired:
+        return ""
+    better, p_value = paired["difference"] > 0, paired["p_value"]
+    finding = "no difference is shown" if p_value >= 0.05 else f"{name if better else 'the other'} is better"
+    return (
+        f"Against {Path(paired['against']).stem} on the same {paired['n']:,} questions: "
+        f"{100 * paired['difference']:+.1f} points; right here alone {paired['only_second']:,}, there alone "
+        f"{paired['only_first']:,}: {finding} (p = {p_value:.2g}, McNemar's exact test)"
+    )
 
 
 def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -163,7 +178,7 @@ def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "task": result["task"], "protocol": result["protocol"], "n": result["n"], "accuracy": result["accuracy"],
             "file": Path(result["file"]).stem if same[result["task"], result["protocol"]] > 1 else "",
             "ci95": result["ci95"], "chance": result.get("chance"), "failed": result.get("failed"),
-            "unparsed": result.get("unparsed"), "by": _said_by(result),
+            "unparsed": result.get("unparsed"), "name": answerer(result),
             "controls": [(result.get("controls") or {}).get(name) for name in controls],
         }
         for result in sorted(results, key=lambda result: (result["task"], result["protocol"], result["file"]))

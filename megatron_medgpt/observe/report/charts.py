@@ -69,7 +69,7 @@ def interval_chart(rows: Sequence[tuple[str, float, Sequence[float] | None, str]
         y = TOP + 16 + 30 * place
         parts.append(
             f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end"><title>{escape(name)}</title>'
-            f"{escape(_fitting(name, left - 10, letter_px=9))}</text>"  # as wide as they are on a telephone
+            f"{escape(_fitting(name, left - 10, letter_px=8.5))}</text>"  # as wide as they are on a telephone
         )
         parts.append(
             f'<rect class="bar {colour}" x="{left}" y="{y - 8}" width="{scale(value) - left:.1f}" height="16"/>'

@@ -116,7 +116,7 @@ def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     first_failed, deadline = None, None
-    while any(process.poll() is None for process in ranks):
+    while None in [process.poll() for process in ranks]:  # of all: one that has failed behind one that waits is seen
         if deadline is None and (first_failed := _failed(ranks)) is not None:
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:

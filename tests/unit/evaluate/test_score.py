@@ -14,7 +14,8 @@ from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.paired import compare, mcnemar_exact, read_verdicts
 from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction, read_predictions
 from megatron_medgpt.evaluate.result import bootstrap_interval
-from megatron_medgpt.evaluate.score import items_path, score
+from megatron_medgpt.evaluate.score import items_path, score, score_answers
+from megatron_medgpt.evaluate.tasks import load_task
 
 
 @pytest.fixture
@@ -168,6 +169,16 @@ def test_two_runs_are_compared_question_by_question(folder, tmp_path):
         "difference": round((wrong_first - 1) / 16, 6), "p_value": mcnemar_exact(1, wrong_first),
     }  # fmt: skip
     assert json.loads((tmp_path / "b.json").read_text())["paired"] == result["paired"]
+
+
+def test_reasons_keep_a_server_s_address_and_no_file_s_name(folder):
+    task = load_task("phantoms", folder)
+    answers = {
+        "P_0000": Prediction(question_id="P_0000", error="question P_0000: a/b.png is gone"),
+        "P_0001": Prediction(question_id="P_0001", error="http://h:1/v1/chat/completions failed 5 times"),
+    }
+    reasons = score_answers(task, answers, "letter")[0]["failed_reasons"]
+    assert {"question ...: FILE is gone", "http://h:1/v1/chat/completions failed 5 times"} <= reasons.keys()
 
 
 def test_what_became_no_verdict_is_said(folder, tmp_path, capsys):

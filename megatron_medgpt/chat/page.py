@@ -24,8 +24,9 @@ CONTENT_SECURITY = (
 )
 """Gradio's page names scripts and fonts of other hosts; a browser that follows this loads none of them."""
 _STYLE = """
-.medgpt-warning { position: sticky; top: 0; z-index: 50; background: #7a2e12; color: #fff; font-weight: 600;
-  padding: .55rem .9rem; border-radius: 8px; }
+.medgpt-warning { position: fixed !important; bottom: 0; left: 0; right: 0; z-index: 50; background: #7a2e12;
+  color: #fff; font-weight: 600; padding: .55rem 2rem !important; border-radius: 0 !important; }
+.gradio-container { padding-bottom: 4rem !important; }
 .medgpt-warning p { color: #fff; margin: 0; }
 .medgpt-picture img { width: 100%; height: 100%; object-fit: contain; background: #000; }
 footer { display: none !important; }
@@ -67,16 +68,16 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
         try:
             picture = picture_of(content, allow_burned_in=allow_burned_in)
         except MedgptError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
         return picture.image.convert("RGB"), picture.describe(), picture.image
 
     def ask(question: str, image: Any) -> Iterator[str]:
         if image is None:
-            raise gradio.Error(_NO_IMAGE)
+            raise gradio.Error(_NO_IMAGE, print_exception=False)
         try:
             yield from conversation.stream(question or "", image)
         except MedgptError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
 
     with gradio.Blocks(title="Megatron-MedGPT", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"{WARNING}", elem_classes="medgpt-warning")

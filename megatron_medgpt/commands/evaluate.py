@@ -142,13 +142,28 @@ def score(
     from megatron_medgpt.evaluate.score import score as score_predictions
 
     result = score_predictions(task, data, predictions, protocol, out, against=against)
-    typer.echo(f"{result['correct']}/{result['n']} = {result['accuracy']:.4f}; written to {out}")
+    typer.echo(
+        f"{result['correct']}/{result['n']} = {result['accuracy']:.4f} ({result['protocol']}){_left_over(result)}; "
+        f"written to {out}"
+    )
     if against is not None:
         paired = result["paired"]
         typer.echo(
             f"against {paired['against']}: {paired['difference']:+.4f}; right here alone {paired['only_second']}, "
             f"there alone {paired['only_first']}, p = {paired['p_value']:.3g} (McNemar, exact)"
         )
+
+
+def _left_over(result: dict) -> str:
+    """What of a predictions file did not become a verdict, or did so in an unexpected way."""
+    given, unknown = result["predictions"], ", ".join(result["predictions"]["unknown_examples"][:1])
+    counts = {
+        "without an answer, so wrong": result["failed"],
+        f"answers to questions that the set lacks (e.g. {unknown})": given["unknown_ids"],
+        "ids given again, of which the last line counts": given["repeated_ids"],
+        "problems of the set, which the file names": sum(result["problems"].values()),
+    }
+    return "".join(f"; {what}: {count:,}" for what, count in counts.items() if count)
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:

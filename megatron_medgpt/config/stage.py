@@ -165,6 +165,9 @@ class StageConfig:
     validation_data: tuple[BlendConfig, ...] = ()
     validation_interval: int = 0
     """Steps between validations; 0 turns them off."""
+    validation_max_share: float = 0.0
+    """Share of the stage's time that validations may take: one that is due and would take more waits for the next
+    interval (the first and the last do not). 0 puts none off, so that they come at the same steps in every run."""
     validation_rows: int = 16
     """Packed rows of one validation, the same ones every time."""
     questions: str | None = None
@@ -203,9 +206,13 @@ class StageConfig:
         )
         positive(at, num_questions=self.num_questions, validation_rows=self.validation_rows)
         not_negative(
-            at, validation_interval=self.validation_interval,
+            at, validation_interval=self.validation_interval, validation_max_share=self.validation_max_share,
             router_balance_coefficient=self.router_balance_coefficient,
             router_z_coefficient=self.router_z_coefficient,
         )  # fmt: skip
+        require(
+            self.validation_max_share < 1,
+            f"{at}.validation_max_share is {self.validation_max_share}; it must be below 1 (0.05 is 5 %)",
+        )
         _check_metric(f"{at}.exit.metric", self.exit.metric, self)
         _check_metric(f"{at}.best_by", self.best_by, self)

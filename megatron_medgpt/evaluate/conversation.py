@@ -54,7 +54,7 @@ class HuggingFaceConversation:
 
         Raises:
             UsageError: an empty question, or one that is too long for the model.
-            WorkError: the model failed.
+            WorkError: the model failed, or wrote nothing to be shown.
         """
         from transformers import TextIteratorStreamer
 
@@ -74,6 +74,8 @@ class HuggingFaceConversation:
         if "error" in outcome:
             raise WorkError(f"the model failed: {outcome['error']}") from outcome["error"]
         whole = (final_channel(text) or "").strip()
+        if not whole:
+            raise WorkError("the model's answer is empty; ask in other words, or allow more --max-new-tokens")
         yield f"{whole} …" if outcome["truncated"] else whole
 
     def answer(self, question: str, picture: Image.Image | None) -> str:

@@ -161,7 +161,7 @@ class EndpointEngine:
                 if error.code < 500 and error.code not in (408, 429):
                     break
             except (OSError, ValueError, http.client.HTTPException) as error:  # the last: a reply cut off in the middle
-                reason = str(error)
+                reason = str(getattr(error, "reason", None) or error)
         raise WorkError(f"{self.url}{path} failed {attempt + 1} times, last: {reason}")
 
 

@@ -35,7 +35,10 @@ def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> dict[str, 
     """
     if first.keys() != second.keys():
         apart = len(first.keys() ^ second.keys())
-        raise UsageError(f"the two runs differ in {apart} questions; a paired test needs the same questions in both")
+        raise UsageError(
+            f"the two runs differ in {apart} questions ({len(first)} and {len(second)} in all); a paired test needs "
+            "the same in both: was one of them made with --limit?"
+        )
     if not first:
         raise UsageError("the two runs hold no question")
     only_first = sum(first[key] and not second[key] for key in first)

@@ -89,12 +89,13 @@ def summarise(task: Task, protocol: str, items: Sequence[Item]) -> dict[str, Any
 
 
 def _reasons(items: Iterable[Item]) -> dict[str, int]:
-    """Why questions have no answer, the most frequent first; the names of questions and files are taken out."""
+    """Why questions have no answer, the most frequent first; the names of questions and files are taken out, a
+    server's address is not."""
     reasons: dict[str, int] = {}
     for item in items:
         if item.verdict is None:
             words = str(item.error or "no answer").replace(item.question.question_id, "...")
-            reason = re.sub(r"\S*/\S*", "FILE", words)[:LONGEST_REASON]
+            reason = re.sub(r"(?<!\S)(?!https?://)\S*/\S*", "FILE", words)[:LONGEST_REASON]
             reasons[reason] = reasons.get(reason, 0) + 1
     return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_REASONS])
 

@@ -51,7 +51,8 @@ def score(
         )
     summary, items = score_answers(loaded, answers, protocol)
     summary["predictions"] = {
-        "given": len(answers), "unknown_ids": len(unknown), "unknown_examples": unknown[:3],
+        "file": Path(predictions).name, "given": len(answers),
+        "unknown_ids": len(unknown), "unknown_examples": unknown[:3],
         "repeated_ids": repeated, "missing": len(known - answers.keys()),
     }  # fmt: skip
     if against is not None:

@@ -88,7 +88,7 @@ class SinkAttention(MegatronModule):
         key_BSQD = rotate(key_SBQD.transpose(0, 1), rows.cos_sin)
         cache = rows.cache
         if cache is not None and cache.filled:
-            return self._continue(cache, query_BSAD, key_BSQD, value_SBQD)
+            return self.continue_texts(cache, query_BSAD[0], key_BSQD[0], value_SBQD[:, 0])
         key_BQSD, value_BQSD = key_BSQD.transpose(1, 2), value_SBQD.permute(1, 2, 0, 3)
         if cache is not None:
             cache.fill(self.layer_number, self.window, key_BQSD, value_BQSD)
@@ -98,11 +98,11 @@ class SinkAttention(MegatronModule):
         )  # fmt: skip
         return out_BASD.permute(2, 0, 1, 3).flatten(2)
 
-    def _continue(self, cache: KeyValueCache, query_BSAD: Tensor, key_BSQD: Tensor, value_SBQD: Tensor) -> Tensor:
-        """One row whose positions are the newest tokens of the cache's sequences, and padding: (S, 1, A / TP * D)."""
-        num, length = len(cache), query_BSAD.shape[1]
+    def continue_texts(self, cache: KeyValueCache, query_SAD: Tensor, key_SQD: Tensor, value_SQD: Tensor) -> Tensor:
+        """The newest tokens of the cache's sequences, rotated, and padding behind them, to (S, 1, A / TP * D)."""
+        num, length = len(cache), query_SAD.shape[0]
         out_NAD = cache.attend(
-            self.layer_number, self.window, query_BSAD[0, :num], key_BSQD[0, :num], value_SBQD[:num, 0], self.sinks,
+            self.layer_number, self.window, query_SAD[:num], key_SQD[:num], value_SQD[:num], self.sinks,
             scale=self.scale,
         )  # fmt: skip
         out_NC = out_NAD.flatten(1)

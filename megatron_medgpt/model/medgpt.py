@@ -23,6 +23,7 @@ from megatron_medgpt.model.merge import image_runs, merge_images
 from megatron_medgpt.model.projector import Projector
 from megatron_medgpt.model.rope import concentration, inverse_frequencies
 from megatron_medgpt.model.vision import build_vision
+from megatron_medgpt.model.whole_layer import continue_whole, lies_whole
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.parallel.platform import current_device, prepare_engine
 from megatron_medgpt.types import IGNORE_INDEX, ImageSpan, MedBatch
@@ -66,6 +67,7 @@ class MedGPT(MegatronModule):
             self.vision = build_vision(model.vision, dtype, seed=seed, recompute=config.recompute_layers, **made)
             self.projector = Projector(model, dtype, seed=seed + 1, **made)
         self.language = build_language(config, model.language, layout=layout, chunk=chunk, groups=groups)
+        self.lies_whole = lies_whole(config)
         self.rope_factor = concentration(model.language)
         frequencies = inverse_frequencies(model.language).to(device)
         self.inverse_frequencies = frequencies  # no buffer: a cast of the model must not cast them
@@ -91,7 +93,10 @@ class MedGPT(MegatronModule):
             categories_T=token_categories(batch, first, end) if self.training else None, num_targets=batch.num_targets,
             branch_ids_BS=batch.branch_ids_BS, cache=cache,
         )  # fmt: skip
-        hidden_SBH = self.language.decoder(hidden_states=hidden_SBH, attention_mask=rows)
+        if cache is not None and cache.filled and self.lies_whole and not torch.is_grad_enabled():
+            hidden_SBH = continue_whole(self.language.decoder, hidden_SBH, rows)
+        else:
+            hidden_SBH = self.language.decoder(hidden_states=hidden_SBH, attention_mask=rows)
         if not self.post_process:
             return hidden_SBH
         if want == "logits":

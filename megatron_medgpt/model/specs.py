@@ -14,7 +14,6 @@ from megatron_medgpt.model.dispatch import Fp8Dispatcher
 from megatron_medgpt.model.experts import GroupedExperts, Router
 from megatron_medgpt.model.fused_dispatch import FusedDispatcher
 from megatron_medgpt.model.packed_experts import PackedExperts
-from megatron_medgpt.model.whole_layer import lies_whole, run_whole
 from megatron_medgpt.parallel.platform import current_device, engine_version, prepare_engine
 
 prepare_engine()
@@ -55,7 +54,6 @@ class Layer(TransformerLayer):
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        self._lies_whole = lies_whole(self)
         fused = config.permute == "fused"
         if fused or config.dispatch_payload == "fp8":
             moe = self.mlp
@@ -71,9 +69,6 @@ class Layer(TransformerLayer):
         return self._run(hidden_states, attention_mask, kwargs)
 
     def _run(self, hidden_states: Tensor, rows: RowInfo | None, kwargs: dict[str, Any]) -> Any:
-        cache = None if rows is None else rows.cache
-        if cache is not None and cache.filled and self._lies_whole and not torch.is_grad_enabled():
-            return run_whole(self, hidden_states, rows), None
         self.mlp.router.rows = rows
         return super().forward(hidden_states, attention_mask=rows, **kwargs)
 

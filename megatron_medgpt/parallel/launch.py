@@ -115,17 +115,27 @@ def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) 
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    first_failure, deadline = 0, None
-    while any(process.poll() is None for process in ranks):
-        failed = next((p.returncode for p in ranks if p.returncode not in (None, 0)), 0)
-        if failed and deadline is None:
-            first_failure, deadline = failed, time.monotonic() + GRACE_S
+    first_failed, deadline = None, None
+    while None in [process.poll() for process in ranks]:  # of all: one that has failed behind one that waits is seen
+        if deadline is None and (first_failed := _failed(ranks)) is not None:
+            deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             for process in ranks:
                 _kill_group(process)
         time.sleep(0.05)
-    code = first_failure or next((p.returncode for p in ranks if p.returncode), 0)
-    return 128 - code if code < 0 else code
+    first_failed = _failed(ranks) if first_failed is None else first_failed
+    if first_failed is None:
+        return 0
+    code = ranks[first_failed].returncode
+    if code >= 0:
+        return code
+    print(f"medgpt: rank {first_failed} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+    return 128 - code
+
+
+def _failed(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """The first rank that has ended with another code than 0."""
+    return next((rank for rank, process in enumerate(ranks) if process.returncode not in (None, 0)), None)
 
 
 def _signal_all(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:

@@ -71,7 +71,9 @@ def platform(local_rank: int = 0, kind: str = "auto") -> Platform:
         raise UsageError("platform cpu on a machine with CUDA devices: set CUDA_VISIBLE_DEVICES= (empty) instead")
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         threads = torch.get_num_threads()
-        return Platform(kind="cpu", device=torch.device("cpu"), backend="gloo", name=f"CPU, {threads} threads")
+        return Platform(
+            kind="cpu", device=torch.device("cpu"), backend="gloo", name=f"CPU, {threads} thread{'s' * (threads > 1)}"
+        )
     if not torch.cuda.is_available():
         raise UsageError("platform cuda was asked for, but torch finds no CUDA device; set it to cpu or auto")
     num_devices = torch.cuda.device_count()

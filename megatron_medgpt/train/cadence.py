@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +23,7 @@ from megatron_medgpt.train.build import Parts
 from megatron_medgpt.train.load_balance import expert_metrics
 from megatron_medgpt.train.step import StepResult
 from megatron_medgpt.train.validate import validate
-
-DEAR_VALIDATION = 0.05
-"""Share of a stage's time above which its validations are worth a word."""
-_LOG = logging.getLogger(__name__)
+from megatron_medgpt.train.validation_cost import ValidationCost
 
 
 class Cadence:
@@ -42,8 +38,7 @@ class Cadence:
         self.config_hash = hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()
         self._first_rank = first_rank
         self._spans: dict[str, float] = {}
-        self._stage_began_s = self._validating_s = 0.0
-        self._said_dear = False
+        self._validations: ValidationCost | None = None
 
     def open(self, resumed_step: int) -> None:
         """Begin writing; metrics after ``resumed_step`` belong to steps that will be done again and are dropped."""
@@ -53,8 +48,7 @@ class Cadence:
             )
 
     def begin_stage(self, parts: Parts, stage_step: int) -> None:
-        self._stage_began_s, self._validating_s = time.perf_counter(), 0.0
-        self._said_dear = False
+        self._validations = ValidationCost(parts.stage, speaks=self._first_rank)
         if self._first_rank:
             self.line = ProgressLine(
                 name=parts.stage.name, total_steps=parts.stage.num_steps, done_steps=stage_step,
@@ -87,12 +81,12 @@ class Cadence:
         if due_to_log:
             record |= expert_metrics(parts)
         reached_goal = is_best = False
-        interval = parts.stage.validation_interval
-        if interval and (progress.stage_step % interval == 0 or progress.stage_step == parts.stage.num_steps):
+        if self._validation_is_due(parts, progress.stage_step):
             began_s = time.perf_counter()
             with parts.trace.span("validation"):
                 figures = validate(parts)
-            record |= figures | self._validation_time(parts, time.perf_counter() - began_s)
+            seconds = time.perf_counter() - began_s
+            record |= figures | {"validation_s": seconds, "validation_share": self._validations.note(seconds)}
             reached_goal, is_best = progress.watch.note(figures)
         if self.metrics is not None:
             self.metrics.write(record)
@@ -100,17 +94,18 @@ class Cadence:
             self.line.step(record)
         return reached_goal, is_best
 
-    def _validation_time(self, parts: Parts, seconds: float) -> dict[str, float]:
-        """Seconds of a validation, and the share of the stage's time that all of its validations have taken here."""
-        self._validating_s += seconds
-        share = self._validating_s / (time.perf_counter() - self._stage_began_s)
-        if self._first_rank and share > DEAR_VALIDATION and not self._said_dear:
-            self._said_dear, name = True, parts.stage.name
-            _LOG.warning(
-                "validation has taken %.0f %% of the time of stage %s; a longer stages.%s.validation_interval, or "
-                "fewer num_questions and validation_rows, make it cheaper", 100 * share, name, name,
-            )  # fmt: skip
-        return {"validation_s": seconds, "validation_share": share}
+    def _validation_is_due(self, parts: Parts, stage_step: int) -> bool:
+        """After every interval that leaves room for one, and after the last step; the same on every rank."""
+        interval = parts.stage.validation_interval
+        if not interval or stage_step == parts.stage.num_steps:
+            return bool(interval)
+        if stage_step % interval:
+            return False
+        if not parts.stage.validation_max_share:
+            return True
+        fits = torch.tensor(float(self._validations.fits()), device=parts.device)
+        dist.broadcast(fits, src=0)  # the clocks of the ranks differ
+        return bool(fits.item())
 
     def _record(self, parts: Parts, progress, result: StepResult, seconds: float) -> dict:
         flops = training_flops(

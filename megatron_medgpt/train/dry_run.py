@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would be, and one real step of each stage. Nothing is written."""
+"""``--dry-run``: what a run would be, and one real step and validation of each stage. Nothing is written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.build import build_stage
 from megatron_medgpt.train.layouts import check_stage
 from megatron_medgpt.train.step import train_step
+from megatron_medgpt.train.validate import validate
 
 
 def run_dry(config: RunConfig, world: World) -> None:
@@ -27,13 +28,14 @@ def run_dry(config: RunConfig, world: World) -> None:
         layout = check_stage(config, stage, world.size)
         if console:
             _print_memory(console, config, stage, layout)
-        seconds, tokens, data = _one_step(config, index, world)
+        seconds, tokens, validation_s, data = _one_step(config, index, world)
         if console:
-            console.print(_data_table(config, stage, data, seconds, tokens))
+            console.print(_data_table(config, stage, data, seconds, tokens, validation_s))
 
 
-def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, dict]:
-    """Seconds and tokens of the second of two steps of a stage (the first pays for allocations)."""
+def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, float, dict]:
+    """Seconds and tokens of the second of two steps of a stage (the first pays for allocations), seconds of the second
+    of two validations (0 where there are none), facts of the data."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = build_stage(replace(config, out=scratch), index, world)
         seconds, tokens = 0.0, 0
@@ -43,10 +45,15 @@ def _one_step(config: RunConfig, index: int, world: World) -> tuple[float, int, 
                 started = time.perf_counter()
                 tokens = train_step(parts, batches, step=step, stop_here=False).num_tokens
                 seconds = time.perf_counter() - started
+        validation_s = 0.0
+        for _ in range(2 if parts.stage.validation_interval else 0):
+            started = time.perf_counter()
+            validate(parts)
+            validation_s = time.perf_counter() - started
         facts = parts.data.describe()
     parts.dismantle()
     destroy_groups()
-    return seconds, tokens, facts
+    return seconds, tokens, validation_s, facts
 
 
 def _print_model(console: Console, config: RunConfig) -> None:
@@ -77,7 +84,9 @@ def _print_memory(console: Console, config: RunConfig, stage: StageConfig, layou
     console.print(table)
 
 
-def _data_table(config: RunConfig, stage: StageConfig, data: dict, seconds: float, tokens: int) -> Table:
+def _data_table(
+    config: RunConfig, stage: StageConfig, data: dict, seconds: float, tokens: int, validation_s: float
+) -> Table:  # fmt: skip
     table = Table(show_header=False, box=None)
     rows = stage.global_batch_rows
     positions = rows * stage.sequence_length
@@ -91,6 +100,18 @@ def _data_table(config: RunConfig, stage: StageConfig, data: dict, seconds: floa
         ("stage", f"{stage.num_steps:,} steps, {stage.num_steps * rows / per_epoch:.2f} epochs; frozen: {frozen}"),
         ("one step here", f"{seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; "
                           f"the stage about {stage.num_steps * seconds / 60:,.1f} min"),
+        *_validation_row(stage, seconds, validation_s),
     ):  # fmt: skip
         table.add_row(f"  {name}", value)
     return table
+
+
+def _validation_row(stage: StageConfig, step_s: float, validation_s: float) -> list[tuple[str, str]]:
+    if not validation_s:
+        return []
+    interval = min(stage.validation_interval, stage.num_steps)
+    share = validation_s / (validation_s + interval * step_s)
+    said = f"{validation_s:.2f} s, every {stage.validation_interval:,} steps: {share:.1%} of the stage's time"
+    if stage.validation_max_share and share > stage.validation_max_share:
+        said += f", but put off to take {stage.validation_max_share:.1%}"
+    return [("one validation here", said)]

@@ -202,6 +202,19 @@ def test_a_stage_that_gets_no_better_ends_and_its_best_checkpoint_is_kept(base, 
     ]  # fmt: skip
 
 
+def test_dear_validations_are_put_off_but_the_first_and_the_last(base, tmp_path, capfd):
+    stage = replace(base.stages[0], num_steps=6, validation_interval=2, validation_max_share=0.0001)
+    run = fresh(base, tmp_path, stages=(stage,))
+    assert train_here(run, dry_run=False) == 0
+    records = read_metrics(Path(run.out) / "metrics.jsonl")
+    assert [record["step"] for record in records if "validation_s" in record] == [2, 6]
+    said = "".join(capfd.readouterr())
+    assert said.count("those due are put off until they fit into 0.01 %") == 1
+    assert train_here(run, dry_run=True) == 0
+    assert "every 2 steps: " in (said := " ".join(capfd.readouterr().out.split()))
+    assert "but put off to take 0.0%" in said
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_parameter_changes(base, tmp_path, monkeypatch):
     run = fresh(base, tmp_path)
     loss = step.sum_of_losses

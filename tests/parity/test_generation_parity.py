@@ -110,6 +110,11 @@ def test_a_batch_of_unequal_prompts_gets_the_tokens_of_each_alone(writer, expect
     assert write(writer, make_prompts()) == expected
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_prompt_alone_gets_its_tokens(writer, expected, number):
+    assert write(writer, [make_prompts()[number]]) == [expected[number]]
+
+
 def test_sequences_that_end_leave_the_others_as_they_were(writer, expected):
     # Chosen so that the sequences stop at many different steps, one of them never: the batch shrinks several times.
     ends = frozenset({172, 368})

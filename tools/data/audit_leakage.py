@@ -34,7 +34,7 @@ def tasks(pairs: list[str]) -> list[Task]:
 
 
 def progress(what: str, done: int, total: int) -> None:
-    if done == total or done % max(1, total // 10) == 0:
+    if 10 * done // total > 10 * (done - 1) // total:  # every tenth
         print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
 
 

@@ -149,7 +149,8 @@ def written(sides: Sides, questions: list[Question], new_tokens: int, repeats: i
 
 
 def in_turn(sides: dict[str, Callable], repeats: int) -> tuple[dict, dict]:
-    """Median seconds of each side, one run apart as warm-up, and what each found."""
+    """Median seconds of each side and ratio of a turn, the least and the greatest, one turn apart as warm-up; and what
+    each found."""
     wall, cpu, found = {name: [] for name in sides}, {name: [] for name in sides}, {}
     for repeat in range(repeats + 1):
         for name in sorted(sides, reverse=repeat % 2 == 1):
@@ -158,11 +159,12 @@ def in_turn(sides: dict[str, Callable], repeats: int) -> tuple[dict, dict]:
             wall[name].append(time.perf_counter() - wall_start)
             cpu[name].append(time.process_time() - cpu_start)
     first, second = sides
-    ratios = [b / a for a, b in zip(cpu[first][1:], cpu[second][1:])]
+    ratios = sorted(b / a for a, b in zip(cpu[first][1:], cpu[second][1:]))
     figures = {
         "wall_s": {name: statistics.median(times[1:]) for name, times in wall.items()},
         "cpu_s": {name: statistics.median(times[1:]) for name, times in cpu.items()},
         "times_faster_cpu": statistics.median(ratios),
+        "times_faster_cpu_range": [ratios[0], ratios[-1]],
     }
     return figures, found
 

@@ -67,7 +67,10 @@ def interval_chart(rows: Sequence[tuple[str, float, Sequence[float] | None, str]
         parts.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 12}" text-anchor="middle">guessing {chance:.0%}</text>')
     for place, (name, value, interval, colour) in enumerate(rows):
         y = TOP + 16 + 30 * place
-        parts.append(f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end"><title>{escape(name)}</title>'
+            f"{escape(_fitting(name, left - 10, letter_px=8.5))}</text>"  # as wide as they are on a telephone
+        )
         parts.append(
             f'<rect class="bar {colour}" x="{left}" y="{y - 8}" width="{scale(value) - left:.1f}" height="16"/>'
         )
@@ -171,8 +174,8 @@ def _stage_bands(stages: Sequence[Span], scale: _Scale) -> str:
     return "".join(parts)
 
 
-def _fitting(name: str, width: float) -> str:
-    room = int(width / 6.6)
+def _fitting(name: str, width: float, letter_px: float = 6.6) -> str:
+    room = int(width / letter_px)
     return name if len(name) <= room else (name[: room - 1] + "…" if room > 3 else "")
 
 

@@ -46,8 +46,25 @@ def modality_name(modality: str) -> str:
     return MODALITY_NAMES.get(modality, modality)
 
 
+def answerer(result: Mapping[str, Any]) -> str:
+    """Who gave the answers: the run's own model, an exported folder, a server's model, or a file of answers."""
+    if "predictions" in result:
+        return Path(result["predictions"].get("file", "recorded answers")).stem
+    engine = result.get("engine", "")
+    if engine.startswith("endpoint ") and " model " in engine:
+        return engine.split(" model ", 1)[1]
+    return engine if engine.startswith("transformers ") else "This model"
+
+
+def _said_by(result: Mapping[str, Any]) -> str:
+    if "predictions" in result:
+        return f"Answers of {answerer(result)}"
+    return f"Answered by {result['engine']}" if result.get("engine") else ""
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The evaluation files of a folder in name order, those with controls first; other JSON files are left alone."""
+    """The evaluation files of a folder in name order, files of recorded answers last and those with controls first;
+    other JSON files are left alone."""
     results = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         try:
@@ -56,7 +73,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             raise WorkError(f"{path} is not JSON ({error})") from None
         if isinstance(content, dict) and {"task", "protocol", "accuracy", "ci95", "n"} <= content.keys():
             results.append(content | {"file": path.name})
-    return sorted(results, key=lambda result: not result.get("controls"))
+    return sorted(results, key=lambda result: ("predictions" in result, not result.get("controls")))
 
 
 def headline(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -71,7 +88,9 @@ def headline(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     intervals = main.get("controls_ci95") or {}
     controls = main.get("controls") or {}
     said = ", ".join(f"{WITHOUT.get(name, control_name(name))} {value:.1%}" for name, value in controls.items())
-    note = f"{main['task']}, {main['protocol']} protocol; 95% interval {low:.1%} to {high:.1%}"
+    name = answerer(main)
+    note = "" if name == "This model" else f"Answers of {name}. "
+    note += f"{main['task']}, {main['protocol']} protocol; 95% interval {low:.1%} to {high:.1%}"
     if main.get("chance"):
         note += f"; guessing gives {main['chance']:.1%}"
     from_picture = bool(controls) and all(
@@ -101,11 +120,12 @@ def views(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def view(result: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the page shows of one evaluation."""
-    bars = [("This model", result["accuracy"], result["ci95"], "ours")]
+    name = answerer(result)
+    bars = [(name, result["accuracy"], result["ci95"], "ours")]
     intervals = result.get("controls_ci95", {})
     for name, accuracy in result.get("controls", {}).items():
         bars.append((control_name(name), accuracy, intervals.get(name), "control"))
-    published = _published(result)
+    published = _published(result, name)
     counts = {
         "without an answer (wrong)": result.get("failed"),
         "read by similarity only": result.get("unparsed"), "cut at the token limit": result.get("truncated"),
@@ -123,13 +143,28 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
         "notes": result.get("notes") or [],
         "words": _word_figures(result),
         "macro": result.get("macro_by_modality"),
-        "engine": result.get("engine", ""),
+        "by": _said_by(result),
+        "paired": _paired(result, name),
         "chart": charts.interval_chart(bars, result.get("chance")),
         "right": "" if result.get("correct") is None else f"{result['correct']:,} of {result['n']:,}",
         "counts": {name: count for name, count in counts.items() if count is not None},
         "table": _table(result),
         "published": published,
     }
+
+
+def _paired(result: Mapping[str, Any], name: str) -> str:
+    """The paired test against another evaluation in words; nothing where none was made."""
+    paired = result.get("paired")
+    if not paired:
+        return ""
+    better, p_value = paired["difference"] > 0, paired["p_value"]
+    finding = "no difference is shown" if p_value >= 0.05 else f"{name if better else 'the other'} is better"
+    return (
+        f"Against {Path(paired['against']).stem} on the same {paired['n']:,} questions: "
+        f"{100 * paired['difference']:+.1f} points; right here alone {paired['only_second']:,}, there alone "
+        f"{paired['only_first']:,}: {finding} (p = {p_value:.2g}, McNemar's exact test)"
+    )
 
 
 def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -143,7 +178,7 @@ def side_by_side(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "task": result["task"], "protocol": result["protocol"], "n": result["n"], "accuracy": result["accuracy"],
             "file": Path(result["file"]).stem if same[result["task"], result["protocol"]] > 1 else "",
             "ci95": result["ci95"], "chance": result.get("chance"), "failed": result.get("failed"),
-            "unparsed": result.get("unparsed"), "engine": result.get("engine", ""),
+            "unparsed": result.get("unparsed"), "name": answerer(result),
             "controls": [(result.get("controls") or {}).get(name) for name in controls],
         }
         for result in sorted(results, key=lambda result: (result["task"], result["protocol"], result["file"]))
@@ -176,12 +211,12 @@ def _table(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Others' figures for the same task and protocol, with this model in its place among them."""
+def _published(result: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Others' figures for the same task and protocol, with this one in its place among them."""
     known = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(result["task"], {}).get(result["protocol"])
     if known is None:
         return None
-    own = {"model": "This model", "accuracy": result["accuracy"], "source": "this run", "own": True}
+    own = {"model": name, "accuracy": result["accuracy"], "source": "this run", "own": True}
     entries = sorted([*known["entries"], own], key=lambda entry: -entry["accuracy"])
     whole = known.get("questions")
     caution = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.config.errors import WorkError
+from megatron_medgpt.observe.report.evaluation import answerer
 
 NEEDED = {"training", "evaluation", "pictures", "questions", "flagged", "pairs", "text_pairs", "settings"}
 SHOWN_TEXTS = 8
@@ -73,7 +74,8 @@ def _without(
         }
         rows.append(
             {
-                "task": result["task"], "protocol": result["protocol"], "all": _accuracy(verdicts, verdicts.keys()),
+                "task": result["task"], "protocol": result["protocol"], "name": answerer(result),
+                "all": _accuracy(verdicts, verdicts.keys()),
                 "with_picture": _accuracy(verdicts, groups["pictures"]),
                 "without_picture": _accuracy(verdicts, verdicts.keys() - groups["pictures"]),
                 "without_any": _accuracy(verdicts, verdicts.keys() - groups["any"]),

@@ -20,7 +20,7 @@ from PIL import Image
 from megatron_medgpt.chat.command import run_chat
 from megatron_medgpt.chat.page import check_host
 from megatron_medgpt.chat.picture import WARNING, picture_of, read_picture
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.evaluate.conversation import HuggingFaceConversation
 from megatron_medgpt.ingest.decode import decode
 from tests.small_export import write_small_export
@@ -95,6 +95,14 @@ def test_an_image_mark_that_a_person_types_is_words(export, ct):
         conversation.answer("   ", None)
     with pytest.raises(UsageError, match="ask less at once"):
         HuggingFaceConversation(export, max_new_tokens=200_000).answer("What?", None)
+
+
+def test_an_answer_of_nothing_is_no_answer(export, ct):
+    conversation = HuggingFaceConversation(export, device="cpu", max_new_tokens=1)
+    settings = conversation._model.generation_config
+    settings.forced_eos_token_id = settings.eos_token_id
+    with pytest.raises(WorkError, match=r"the model's answer is empty; ask in other words, or allow more --max-new"):
+        conversation.answer("What does the image show?", read_picture(ct).image)
 
 
 def test_the_line_answers_on_stdout_and_warns_on_every_screen(export, ct, capsys):

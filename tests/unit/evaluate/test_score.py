@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from question_folders import OPTIONS, omnimedvqa_folder, write_predictions
 
+from megatron_medgpt.commands.evaluate import score as score_command
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.paired import compare, mcnemar_exact, read_verdicts
 from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction, read_predictions
 from megatron_medgpt.evaluate.result import bootstrap_interval
-from megatron_medgpt.evaluate.score import items_path, score
+from megatron_medgpt.evaluate.score import items_path, score, score_answers
+from megatron_medgpt.evaluate.tasks import load_task
 
 
 @pytest.fixture
@@ -169,13 +171,36 @@ def test_two_runs_are_compared_question_by_question(folder, tmp_path):
     assert json.loads((tmp_path / "b.json").read_text())["paired"] == result["paired"]
 
 
+def test_reasons_keep_a_server_s_address_and_no_file_s_name(folder):
+    task = load_task("phantoms", folder)
+    answers = {
+        "P_0000": Prediction(question_id="P_0000", error="question P_0000: a/b.png is gone"),
+        "P_0001": Prediction(question_id="P_0001", error="http://h:1/v1/chat/completions failed 5 times"),
+    }
+    reasons = score_answers(task, answers, "letter")[0]["failed_reasons"]
+    assert {"question ...: FILE is gone", "http://h:1/v1/chat/completions failed 5 times"} <= reasons.keys()
+
+
+def test_what_became_no_verdict_is_said(folder, tmp_path, capsys):
+    path = write_predictions(tmp_path / "p.jsonl", {"P_0000": "none", "P_0001": "none", "Q": "of another set"})
+    path.write_text(path.read_text() + '{"question_id": "P_0001", "prediction": ""}\n')
+    score_command("phantoms", folder, path, tmp_path / "a.json", protocol="official-qa")
+    said = capsys.readouterr().out
+    assert (
+        "without an answer, so wrong: 15; answers to questions that the set lacks (e.g. Q): 1; ids given again" in said
+    )
+    path = write_predictions(tmp_path / "q.jsonl", right_answers())
+    score_command("phantoms", folder, path, tmp_path / "b.json", protocol="official-qa")
+    assert "(official-qa); written to" in capsys.readouterr().out
+
+
 def test_runs_of_another_protocol_or_other_questions_are_not_compared(folder, tmp_path):
     path = write_predictions(tmp_path / "p.jsonl", right_answers())
     score("phantoms", folder, path, "official-qa", tmp_path / "a.json")
     with pytest.raises(UsageError, match=r"a\.json has protocol official-qa, this run letter"):
         score("phantoms", folder, path, "letter", against=tmp_path / "a.json")
     fewer = omnimedvqa_folder(tmp_path / "fewer", num_questions=12)
-    with pytest.raises(UsageError, match="differ in 4 questions"):
+    with pytest.raises(UsageError, match=r"differ in 4 questions \(16 and 12 in all\).*made with --limit\?"):
         score("phantoms", fewer, path, "official-qa", against=tmp_path / "a.json")
     with pytest.raises(UsageError, match="is no JSON; give the file that medgpt eval"):
         score("phantoms", folder, path, "official-qa", against=path)

@@ -285,6 +285,26 @@ def test_the_first_words_say_whether_the_answers_come_from_the_picture(run):
     assert "questions right" not in headline_of(run, task="reports", protocol="report", text={"bleu1": 0.1})
 
 
+def test_answers_of_others_are_never_called_this_model_s(run):
+    paired = {"against": "b.json", "n": 4, "only_first": 2, "only_second": 3, "difference": 0.25, "p_value": 1.0}
+    recorded = {
+        "predictions": {"file": "other.jsonl", "given": 4}, "controls": {}, "accuracy": 0.9, "paired": paired
+    }  # fmt: skip
+    others = evaluation(**recorded)
+    del others["engine"]
+    (run / "eval" / "a.json").write_text(json.dumps(others))
+    (run / "eval" / "b.json").write_text(json.dumps(evaluation(engine="endpoint http://h/v1 model med-7b")))
+    said = said_by(run)
+    assert "This model" not in said
+    assert "Answers of other." in said
+    assert "Against b on the same 4 questions: +25.0 points; right here alone 3, there alone 2: no difference" in said
+    # The first words are of a model's own answers, even where a file of others comes first by name and is better.
+    assert "75.0% of 4 questions right" in said[: said.index("Training loss")]
+    assert "Answers of med-7b." in said[: said.index("Training loss")]
+    (run / "eval" / "b.json").write_text(json.dumps(evaluation()))
+    assert "This model" in said_by(run)
+
+
 def test_modalities_of_omnimedvqa_are_written_as_people_write_them(run):
     cell = {"n": 4, "correct": 3, "accuracy": 0.75}
     table = {"by_modality": {"MR (Mag-netic Resonance Imaging)": cell, "Gait": cell}}

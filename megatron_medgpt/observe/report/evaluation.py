@@ -123,8 +123,8 @@ def view(result: Mapping[str, Any]) -> dict[str, Any]:
     name = answerer(result)
     bars = [(name, result["accuracy"], result["ci95"], "ours")]
     intervals = result.get("controls_ci95", {})
-    for name, accuracy in result.get("controls", {}).items():
-        bars.append((control_name(name), accuracy, intervals.get(name), "control"))
+    for control, accuracy in result.get("controls", {}).items():
+        bars.append((control_name(control), accuracy, intervals.get(control), "control"))
     published = _published(result, name)
     counts = {
         "without an answer (wrong)": result.get("failed"),

@@ -16,6 +16,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.observe.report import write_report
 from megatron_medgpt.observe.report.charts import short_number
 from megatron_medgpt.observe.report.curves import read_metrics
+from megatron_medgpt.observe.report.evaluation import view
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -170,6 +171,8 @@ def test_published_figures_stand_only_beside_their_task_and_protocol(run):
     (run / "eval" / "b.json").unlink()
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "letter")))
     assert "Lingshu" in page_of(run)[1]
+    entries = view(evaluation("omnimedvqa", "letter") | {"file": "a.json"})["published"]["entries"]
+    assert [entry["model"] for entry in entries if "own" in entry] == ["This model"]
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "official-qa")))
     assert "Lingshu" not in page_of(run)[1]
     assert "50.2%" in page_of(run)[1]

@@ -85,9 +85,9 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
     return facts, list(_decoded(ds, chosen, num_frames, options))
 
 
-def _supported(syntax: UID | None) -> bool:
+def _supported(syntax: object) -> bool:
     try:
-        return syntax is not None and get_decoder(syntax).is_available
+        return isinstance(syntax, UID) and get_decoder(syntax).is_available  # a damaged header may state two
     except NotImplementedError:  # MPEG, HEVC, JPIP, private ones and what is retired
         return False
 

@@ -11,7 +11,7 @@ from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import LARGEST_PIXELS, PictureError
 from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
 from megatron_medgpt.ingest.decode.pictures import ENCODED, Decoded, written
-from megatron_medgpt.ingest.decode.spacing import Frame
+from megatron_medgpt.ingest.decode.spacing import Frame, check_ratio, is_square, ratio_of
 from megatron_medgpt.ingest.facts import Facts
 from megatron_medgpt.types import MODALITIES
 
@@ -34,8 +34,8 @@ def decode_slide(path: Path, options: DecodeOptions, *, store: Store = ENCODED) 
 
     Raises:
         PictureError: ``openslide-not-installed``, ``unsupported-format``, ``slide-without-resolution``,
-            ``slide-too-coarse`` (scanned with less than 0.9 of the requested resolution), ``no-tissue``,
-            ``truncated-or-corrupt``.
+            ``slide-too-coarse`` (scanned with less than 0.9 of the requested resolution), ``pixels-far-from-square``,
+            ``no-tissue``, ``truncated-or-corrupt``.
     """
     try:
         import openslide
@@ -56,22 +56,24 @@ def decode_slide(path: Path, options: DecodeOptions, *, store: Store = ENCODED) 
 
 
 def _tiles(slide, options: DecodeOptions) -> list[Frame]:
-    try:
-        scanned_um = (float(slide.properties["openslide.mpp-x"]) + float(slide.properties["openslide.mpp-y"])) / 2
-    except (KeyError, ValueError) as error:
-        raise PictureError("slide-without-resolution") from error
-    shrink = options.um_per_px / scanned_um
+    down_um, across_um = _scanned_um(slide)
+    ratio = ratio_of((down_um, across_um))
+    if ratio is None:
+        raise PictureError("slide-without-resolution")
+    check_ratio(ratio)
+    shrink = min(options.um_per_px / down_um, options.um_per_px / across_um)
     if shrink < _FINER_THAN_SCANNED:
         raise PictureError("slide-too-coarse")
-    side = options.tile_px * shrink  # pixels of the scan
-    rows, columns = int(slide.dimensions[1] // side), int(slide.dimensions[0] // side)
+    # Pixels of the scan: a tile is square in micrometres.
+    height, width = (options.tile_px * options.um_per_px / um for um in (down_um, across_um))
+    rows, columns = int(slide.dimensions[1] // height), int(slide.dimensions[0] // width)
     if not rows or not columns:
         raise PictureError("too-small-or-narrow")
     level = slide.get_best_level_for_downsample(shrink * 1.01)
-    read_px = max(1, round(side / slide.level_downsamples[level]))
-    if read_px**2 > LARGEST_PIXELS:
+    read_px = tuple(max(1, round(side / slide.level_downsamples[level])) for side in (width, height))
+    if read_px[0] * read_px[1] > LARGEST_PIXELS:
         raise PictureError("too-many-pixels")
-    places = np.argwhere(_tissue_share(slide, rows, columns, side) >= _LEAST_TISSUE)
+    places = np.argwhere(_tissue_share(slide, rows, columns, height, width) >= _LEAST_TISSUE)
     chosen = picked(len(places), options.tiles)
     if not len(chosen):
         raise PictureError("no-tissue")
@@ -79,10 +81,18 @@ def _tiles(slide, options: DecodeOptions) -> list[Frame]:
         raise PictureError("too-many-frames")
     tiles = []
     for row, column in places[list(chosen)]:
-        region = slide.read_region((round(column * side), round(row * side)), level, (read_px, read_px))
+        region = slide.read_region((round(column * width), round(row * height)), level, read_px)
         tile = _on_white(region).resize((options.tile_px, options.tile_px), Image.Resampling.BICUBIC)
-        tiles.append(Frame(np.asarray(tile)))
+        tiles.append(Frame(np.asarray(tile), squared=not is_square(ratio)))
     return tiles
+
+
+def _scanned_um(slide) -> tuple[float, float]:
+    """Height and width of a pixel of the scan."""
+    try:
+        return float(slide.properties["openslide.mpp-y"]), float(slide.properties["openslide.mpp-x"])
+    except (KeyError, ValueError) as error:
+        raise PictureError("slide-without-resolution") from error
 
 
 def _on_white(region: Image.Image) -> Image.Image:
@@ -92,13 +102,13 @@ def _on_white(region: Image.Image) -> Image.Image:
     return whole
 
 
-def _tissue_share(slide, rows: int, columns: int, side: float) -> np.ndarray:
+def _tissue_share(slide, rows: int, columns: int, height: float, width: float) -> np.ndarray:
     """float (rows, columns): share of each tile that is coloured more than an Otsu threshold of the whole slide."""
     overview = np.asarray(slide.get_thumbnail((_OVERVIEW_PX, _OVERVIEW_PX)).convert("RGB")).astype(np.int16)
     colour = (overview.max(axis=2) - overview.min(axis=2)).astype(np.uint8)
     tissue = Image.fromarray((255 * (colour > max(_otsu(colour), _LEAST_COLOUR))).astype(np.uint8))
     scale = tissue.width / slide.dimensions[0]
-    covered = (0, 0, min(columns * side * scale, tissue.width), min(rows * side * scale, tissue.height))
+    covered = (0, 0, min(columns * width * scale, tissue.width), min(rows * height * scale, tissue.height))
     return np.asarray(tissue.resize((columns, rows), Image.Resampling.BOX, box=covered)) / 255
 
 

@@ -1,6 +1,6 @@
 """Files of every family with bytes changed: a picture or a typed refusal, and never the end of the process.
 
-``MEDGPT_FUZZ_CASES`` sets how many; they are the same on every machine.
+``MEDGPT_FUZZ_CASES`` sets how many (make fuzz); they are the same on every machine.
 """
 
 import gzip
@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from caps import capped
 from medical_files import dicom, encoded, picture
 from pydicom.dataset import Dataset as Header
 from pydicom.encaps import encapsulate, generate_frames
@@ -39,12 +40,15 @@ def seeds():
                     GreenPaletteColorLookupTableDescriptor=[256, 0, 16], GreenPaletteColorLookupTableData=bytes(512),
                     BluePaletteColorLookupTableDescriptor=[256, 0, 16], BluePaletteColorLookupTableData=bytes(512),
                     )  # fmt: skip
-    measures, anatomy, group = Header(), Header(), Header()
+    measures, anatomy, group, region = Header(), Header(), Header(), Header()
+    region.PhysicalUnitsXDirection, region.PhysicalUnitsYDirection = 3, 3
+    region.PhysicalDeltaX, region.PhysicalDeltaY = 0.1, 0.2
     measures.PixelSpacing, anatomy.FrameLaterality = [0.5, 0.25], "L"
     group.PixelMeasuresSequence, group.FrameAnatomySequence = [measures], [anatomy]
     oblong = dicom(np.eye(24, dtype=np.uint16), modality="MR", BodyPartExamined="KNEE", ViewPosition="AP",
                    PixelAspectRatio=[4, 3], SharedFunctionalGroupsSequence=[group])  # fmt: skip
-    return [*((SHIPPED / name).read_bytes() for name in names), palette, oblong, nifti, gzip.compress(nifti, 1),
+    echo = dicom(np.eye(24, dtype=np.uint8), modality="US", SequenceOfUltrasoundRegions=[region])
+    return [*((SHIPPED / name).read_bytes() for name in names), palette, oblong, echo, nifti, gzip.compress(nifti, 1),
             encoded("JPEG", picture()), encoded("PNG", picture())]  # fmt: skip
 
 
@@ -64,9 +68,12 @@ def test_a_damaged_file_is_a_picture_or_a_refusal():
     for number in range(CASES):
         content = damaged(files[number % len(files)], rng)
         try:
-            assert decode(content, OPTIONS, allow_burned_in=True)
+            with capped():
+                assert decode(content, OPTIONS, allow_burned_in=True)
         except PictureError:
             refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
     assert 0.2 * CASES < refused < 0.8 * CASES
 
 
@@ -90,6 +97,13 @@ def test_a_frame_that_keeps_gdcm_busy_is_given_up(monkeypatch):
         pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN)
     monkeypatch.undo()
     assert pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN).shape == (100, 100, 3)
+
+
+def test_a_transfer_syntax_that_became_two_is_refused():
+    content = (SHIPPED / "CT_small.dcm").read_bytes()
+    place = content.index(b"1.2.840.10008.1.2.1\0") + 5
+    with pytest.raises(PictureError, match="unsupported-transfer-syntax"):
+        decode(content[:place] + b"\\" + content[place + 1 :])
 
 
 def test_a_panic_of_a_codec_in_rust_is_a_refusal():

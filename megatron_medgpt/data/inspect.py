@@ -20,7 +20,8 @@ from rich.table import Table
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import LISTED, TOKENIZER
 from megatron_medgpt.data.pack import best_fit_decreasing
-from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import StoredSample, unpack_pixels
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.data.verify import verify
 

@@ -11,7 +11,7 @@ from PIL import Image  # before GDCM: loaded after it, Pillow 13's PNG writer cr
 
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import Picture, PictureError, canonical, encode_png, pixels_of
-from megatron_medgpt.data.shards import pack_pixels
+from megatron_medgpt.data.stored import pack_pixels
 from megatron_medgpt.ingest.decode.kinds import is_dicom, is_nifti
 from megatron_medgpt.ingest.decode.options import DecodeOptions
 from megatron_medgpt.ingest.decode.spacing import Frame

@@ -14,7 +14,8 @@ from medical_files import BAD_FILES, dicom, encoded, picture
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.inspect import inspect
-from megatron_medgpt.data.shards import Dataset, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.write import locked

@@ -13,7 +13,8 @@ from pydicom.dataset import Dataset as Header
 
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import PictureError
-from megatron_medgpt.data.shards import Dataset, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide
 

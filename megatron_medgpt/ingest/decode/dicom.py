@@ -50,11 +50,11 @@ _PLUGINS = {
 gdcm_frames.register()
 
 
-def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Facts, list[Frame]]:
-    """What the header says of the picture, and the chosen frames.
+def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Facts, Iterator[Frame]]:
+    """What the header says of the picture, and the chosen frames, decoded as they are taken.
 
     Raises:
-        PictureError: with the reason.
+        PictureError: with the reason; a frame may raise it too.
     """
     check_deflated(content)
     try:
@@ -82,7 +82,7 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         raise PictureError("too-many-frames")
     if not _supported(syntax):
         raise PictureError("unsupported-transfer-syntax")
-    return facts, list(_decoded(ds, chosen, num_frames, options))
+    return facts, _decoded(ds, chosen, num_frames, options)
 
 
 def _supported(syntax: object) -> bool:

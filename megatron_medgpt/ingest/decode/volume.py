@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
 
 import nibabel
 import numpy as np
@@ -27,7 +28,7 @@ _STATISTICS_SLICES = 32
 _AXIAL = 2
 
 
-def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> list[Frame]:
+def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> Iterator[Frame]:
     """The chosen slices, their pixels square in millimetres.
 
     A window covers the whole volume, so that neighbouring slices look alike: the CT preset where ``modality`` says
@@ -50,7 +51,7 @@ def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> lis
             raise PictureError("unsupported-volume")
         stream.seek(0)
         image = kind.from_stream(stream)
-        return _slices(image, options, modality)
+        yield from _slices(image, options, modality)
     except PictureError:
         raise
     except MemoryError as error:
@@ -64,7 +65,7 @@ def _is_second(content: bytes) -> bool:
     return start[4:7] == b"n+2"
 
 
-def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -> list[Frame]:
+def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -> Iterator[Frame]:
     voxels = image.dataobj.get_unscaled()
     voxels = voxels[(slice(None),) * 3 + (0,) * (voxels.ndim - 3)]  # of several volumes, the first
     voxels = voxels[..., None] if voxels.ndim == 2 else voxels
@@ -85,7 +86,8 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
     across_mm, down_mm = np.delete(spacing_mm, axis)  # see _upright
     ratio = ratio_of((down_mm, across_mm)) or 1.0
     if voxels.dtype.names:  # RGB or RGBA, 8 bits each
-        return [squared(np.stack([plane[name] for name in "RGB"], axis=-1), ratio) for plane in planes]
+        yield from (squared(np.stack([plane[name] for name in "RGB"], axis=-1), ratio) for plane in planes)
+        return
     if voxels.dtype.kind not in "iuf":
         raise PictureError("unsupported-volume")
     slope, intercept = (float(value) for value in (image.dataobj.slope, image.dataobj.inter))
@@ -98,12 +100,10 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
             raise PictureError("no-finite-value")
         low, high = sorted(np.percentile(seen, PERCENTILES) * slope + intercept)
         curves = [linear_exact((low + high) / 2, max(high - low, 1e-6))]
-    shown = []
     for plane in planes:
         values = np.nan_to_num(plane.astype(np.float64) * slope + intercept)
         grey = [np.rint(255 * curve(values)).astype(np.uint8) for curve in curves]
-        shown.append(squared(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)), ratio))
-    return shown
+        yield squared(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)), ratio)
 
 
 def _through_plane(spacing_mm: np.ndarray) -> int:

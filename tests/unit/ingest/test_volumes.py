@@ -14,8 +14,7 @@ from pydicom.data import get_testdata_file
 
 from megatron_medgpt.data.picture import PictureError
 from megatron_medgpt.data.text import IMAGE_MARK, Turn
-from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide
-from megatron_medgpt.ingest.decode import slide as slides
+from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide, slide_tiles
 from megatron_medgpt.ingest.decode import volume as volumes
 from megatron_medgpt.ingest.dicom_tree import files_by_uid
 from megatron_medgpt.ingest.sample import repeat_marks
@@ -189,7 +188,7 @@ def test_slides_that_cannot_give_such_tiles_are_refused_for_a_reason(tmp_path):
 def test_otsu_divides_two_heaps_between_them():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(40, 5, 900), rng.normal(160, 9, 300)]).astype(np.uint8)
-    assert 50 < slides._otsu(values) < 140
+    assert 50 < slide_tiles._otsu(values) < 140
 
 
 def test_a_mark_is_repeated_for_every_picture_that_its_file_became():

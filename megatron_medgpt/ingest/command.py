@@ -189,7 +189,7 @@ def _show(sources: Sequence[Source], echo: Callable[[str], None], show_names: bo
     """What was recognised, with the first three records. Their texts are masked here: this may go into a log."""
     for number, source in enumerate(sources, 1):
         what = source.describe()
-        echo(what if show_names else what.replace(name_of(source.places[0]), f"input {number}"))
+        echo(what if show_names else f"input {number}" + what.removeprefix(name_of(source.places[0])))
         for record in islice((record for record in source.read() if not record.problem), 3):
             turns = " | ".join(f"{turn.role}: {masked(turn.text)[0][:70]!r}" for turn in record.turns[:2])
             echo(f"  record {record.number}: {len(record.images)} image(s); {turns}")

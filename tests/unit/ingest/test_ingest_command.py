@@ -232,6 +232,7 @@ def test_inspect_says_what_is_there_and_finds_damage(study, ingest, tmp_path):
     text = inspect(tmp_path / "out", check=True, sample=3, png=tmp_path / "samples.png")
     assert "20 from 20 records" in text
     assert "every byte" in text
+    assert text.endswith("samples.png: 3 of 20 samples, spread over the dataset")
     assert (tmp_path / "samples.png").stat().st_size > 1000
     facts = json.loads(inspect(tmp_path / "out", as_json=True))
     assert facts["samples"] == 20

@@ -154,9 +154,11 @@ def run_ingest(
     for note, count in summary.notes.items():
         advice = suspicious_text == "count" and note.startswith(SUSPICIOUS)
         echo(f"{count} {note}" + " (--suspicious-text mask or refuse)" * advice)
+    rejected = sum(summary.rejects.values())
     echo(
         f"{out}: {summary.num_samples} samples, {summary.num_images} images, {summary.num_tokens} text tokens from "
-        f"{summary.num_records} records in {summary.seconds:.1f} s; rejected {in_words(summary.rejects)}"
+        f"{summary.num_records} records in {summary.seconds:.1f} s; rejected "
+        + (f"{rejected}: {in_words(summary.rejects)}" if rejected else "none")
     )
     if own:
         echo(f"part {part} is done; when all are, run the same command with --merge in place of --part")

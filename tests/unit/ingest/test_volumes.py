@@ -114,6 +114,13 @@ def test_slices_are_cut_across_the_thickest_voxels_and_scaled_by_the_header():
     assert abs(grey.astype(float) - np.clip((plane - low) / (high - low), 0, 1) * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_slice_of_a_volume_is_no_copy_of_the_volume(axis):
+    """np.take would copy all of it for each slice: more than 50 s for 400 MiB, now 4."""
+    voxels = np.asfortranarray(volume())
+    assert np.shares_memory(voxels, volumes._upright(voxels, axis, 3))
+
+
 def test_of_a_time_series_the_first_volume_and_of_colours_the_colours():
     moving = np.stack([volume(), volume() * 0], axis=-1)
     np.testing.assert_array_equal(greys(decode(nifti(moving)))[0], greys(decode(nifti(volume())))[0])

@@ -23,7 +23,7 @@ from megatron_medgpt.config.schema import (
     StageConfig,
 )
 from megatron_medgpt.data.manifest import Store, write_manifest
-from megatron_medgpt.data.shards import ShardWriter
+from megatron_medgpt.data.shard_writer import ShardWriter
 from megatron_medgpt.data.text import Tokenizer, Turn, train_tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 210), "grey": (128, 128, 128)}

@@ -19,14 +19,19 @@ from rich.table import Table
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import LISTED, TOKENIZER
-from megatron_medgpt.data.pack import best_fit_decreasing
-from megatron_medgpt.data.shards import Dataset, StoredSample, unpack_pixels
+from megatron_medgpt.data.pack import best_fit_decreasing, quantiles_of
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import StoredSample, unpack_pixels
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.data.verify import verify
 
 _TILE_PX, _TEXT_PX, _LINE_PX, _COLUMNS = 224, 620, 14, 100
-_LEGEND = {"prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here"}
-_INK = {"prompt": (90, 90, 90), "target": (0, 110, 60), "mark": (170, 60, 0)}
+_SHOWN_IMAGES = 4
+_LEGEND = {
+    "prompt": "prompt: no loss", "target": "target of the loss", "mark": "an image stands here",
+    "other": "?: a letter that this font lacks",
+}  # fmt: skip
+_INK = {"prompt": (90, 90, 90), "target": (0, 110, 60), "mark": (170, 60, 0), "other": (90, 90, 90)}
 
 
 def inspect(
@@ -62,9 +67,11 @@ def inspect(
     dataset = Dataset(folder)
     facts = facts_of(dataset, sequence_length, tokens_per_image)
     facts["verified"] = check
+    drawn = ""
     if png is not None and sample is not None:
         draw_samples(dataset, sample).save(png)
-    return json.dumps(facts, indent=1) if as_json else _as_table(dataset, facts)
+        drawn = f"{png}: {min(sample, len(dataset))} of {len(dataset):,} samples, spread over the dataset"
+    return json.dumps(facts, indent=1) if as_json else _as_table(dataset, facts) + drawn
 
 
 def facts_of(dataset: Dataset, sequence_length: int, tokens_per_image: int) -> dict[str, Any]:
@@ -74,12 +81,12 @@ def facts_of(dataset: Dataset, sequence_length: int, tokens_per_image: int) -> d
     fitting = lengths[lengths <= sequence_length]
     groups = best_fit_decreasing(np.bincount(fitting, minlength=sequence_length + 1), sequence_length)
     rows = sum(count for _, count in groups)
-    quantiles = np.percentile(dataset.token_lengths, (0, 50, 99, 100), method="lower").astype(int).tolist()
+    quantiles = quantiles_of(dataset.token_lengths)
     return {
         "folder": dataset.folder.name, "samples": len(dataset), "images": manifest.num_images,
         "text_tokens": manifest.num_tokens, "targets": manifest.num_targets,
         **{name: getattr(manifest, name) for name in LISTED},
-        "text_tokens_per_sample": dict(zip(("least", "median", "p99", "most"), quantiles)),
+        "text_tokens_per_sample": quantiles,
         "most_images_per_sample": int(dataset.num_images.max()),
         "packing": {
             "sequence_length": sequence_length, "tokens_per_image": tokens_per_image, "rows": rows,
@@ -120,7 +127,7 @@ def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
         "tokens per sample": ", ".join(f"{name} {value}" for name, value in facts["text_tokens_per_sample"].items()),
         "packing": f"{packing['rows']:,} rows of {packing['sequence_length']} at {packing['tokens_per_image']} tokens "
         f"an image: {packing['efficiency']:.1%} full, {packing['over_long']} too long",
-        "size": f"{facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards",
+        "size": f"{_size(facts['bytes'])} in {facts['shards']:,} shard{'s' * (facts['shards'] != 1)}",
         "verified": "every byte" if facts["verified"] else "sizes and structure only (--verify reads every byte)",
     }
     for name, value in rows.items():
@@ -128,6 +135,10 @@ def _as_table(dataset: Dataset, facts: dict[str, Any]) -> str:
     out = io.StringIO()
     Console(file=out, width=110).print(table)
     return out.getvalue()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e3:,.1f} kB" if count < 1e6 else f"{count / 1e6:,.1f} MB"
 
 
 def _first(lines: Iterator[str], count: int) -> Iterator[str]:
@@ -153,10 +164,12 @@ def draw_samples(dataset: Dataset, count: int) -> Image.Image:
 
 def _draw_sample(dataset: Dataset, sample: StoredSample, number: int, tokenizer: Tokenizer | None) -> Image.Image:
     known = ", ".join(dataset.described(number))
+    more = len(sample.image_keys) - _SHOWN_IMAGES
     lines = [("prompt", f"sample {number}  id {sample.sample_id[:12]}  {sample.token_ids.size} tokens  {known}")]
+    lines += [("prompt", f"and {more} more image{'s' * (more > 1)}")] if more > 0 else []
     for kind, text in _pieces(sample, dataset.image_mark_id, tokenizer):
         lines += [(kind, line) for line in textwrap.wrap(text, _COLUMNS) or [""]]
-    images = [_picture(dataset, key) for key in sample.image_keys[:4]]
+    images = [_picture(dataset, key) for key in sample.image_keys[:_SHOWN_IMAGES]]
     left = _TILE_PX * max(1, len(images))
     tile = Image.new("RGB", (left + _TEXT_PX, max(_TILE_PX, _LINE_PX * len(lines) + 8)), "white")
     for place, image in enumerate(images):

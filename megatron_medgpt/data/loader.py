@@ -1,4 +1,4 @@
-"""The data of a stage: rows by number, and a thread that prepares the next ones.
+"""The data of a stage: rows by number (``prefetch`` prepares the next ones in a thread).
 
 A row's number counts through all epochs and all data-parallel ranks, so position is one integer, any number of ranks
 sees one global order, and resuming is asking for the next number.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import queue
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +35,6 @@ log = logging.getLogger(__name__)
 PLAN_VERSION = 1
 """Raised whenever the same inputs would give another order."""
 _STEPS_KEPT = 8
-
-T = TypeVar("T")
 
 
 def open_stage(
@@ -301,62 +297,3 @@ def chain(previous: str, sample_ids: Iterable[str]) -> str:
     for sample_id in sample_ids:
         link = hashlib.sha256(link + sample_id.encode()).digest()
     return link.hex()
-
-
-class Prefetcher(Generic[T]):
-    """Runs requests in a background thread, at most ``depth`` ahead, and gives their results in order.
-
-    ``Prefetcher(lambda r: stage.take(*r), requests)``; an error in the thread is raised where its result is asked for.
-    Use it in a ``with`` block, or call ``close``.
-    """
-
-    def __init__(self, work: Callable[..., T], requests: Iterable, depth: int = 2) -> None:
-        self._results: queue.Queue = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(work, requests), daemon=True, name="prefetch")
-        self._thread.start()
-
-    def _run(self, work: Callable[..., T], requests: Iterable) -> None:
-        try:
-            for request in requests:
-                if not self._put((work(request), None)):
-                    return
-            self._put((None, StopIteration()))
-            # Stays until it is closed: with its OpenMP threads gone, libgomp lets the model's spin at every barrier,
-            # and the last steps of a stage took 3 to 7 times as long on two busy cores.
-            self._stop.wait()
-        except BaseException as error:  # handed to the thread that waits for the result
-            self._put((None, error))
-
-    def _put(self, result: tuple) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._results.put(result, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._stop.is_set():
-            raise StopIteration
-        result, error = self._results.get()
-        if error is not None:
-            self.close()
-            raise error
-        return result
-
-    def close(self) -> None:
-        """Stop the thread; results that were ready are dropped."""
-        self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)
-
-    def __enter__(self) -> Prefetcher[T]:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()

@@ -123,3 +123,9 @@ def plan_epoch(
     if images_of_sample is not None and num_rows:
         images = np.add.reduceat(images_of_sample[samples], first_of_row[:-1]).astype(np.int32)
     return EpochPlan(first_of_row, samples, images)
+
+
+def quantiles_of(lengths: np.ndarray) -> dict[str, int]:
+    """Least, median, the smallest length that 99 % do not exceed, and most; each is the length of a sample."""
+    kinds = {"least": (0, "lower"), "median": (50, "lower"), "p99": (99, "higher"), "most": (100, "lower")}
+    return {name: int(np.percentile(lengths, percent, method=rule)) for name, (percent, rule) in kinds.items()}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.schema import IMAGE_READERS
-from megatron_medgpt.data.shards import unpack_pixels
 from megatron_medgpt.data.square import pad_rgb, square
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.types import ImageSpec
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
-"""Dataset folders: the format of ARCHITECTURE 5.6, its writer and its reader.
+"""Dataset folders: the format of ARCHITECTURE 5.6 and its reader (``shard_writer`` writes it).
 
     dataset.json                 counts, tokenizer fingerprint, store, shards with size and sha256 of every file
     shard-NNNNN.text.{bin,idx}   int32, one document of three sequences per sample:
                                  token ids | target spans as start, end, start, end ... |
                                  [modality, number of images, first image of the sample in this shard, store kind,
                                  body part, view, laterality] (the last three not in schema 1)
-    shard-NNNNN.image.{bin,idx}  uint8, one sequence per image: JPEG or PNG bytes, or a pixel record (see pack_pixels)
+    shard-NNNNN.image.{bin,idx}  uint8, one sequence per image: JPEG or PNG bytes, or a pixel record (see ``stored``)
     shard-NNNNN.ids              33 bytes per sample: 32 hexadecimal digits and a line feed
     rejects.jsonl                what was refused and why, by record number
     tokenizer.json               a copy of the tokenizer that made the token ids
@@ -19,164 +19,29 @@ from __future__ import annotations
 import os
 import re
 import resource
-import struct
 import sys
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.data.index import IndexedFile, IndexedWriter
-from megatron_medgpt.data.manifest import (
-    LISTED,
-    STORE_KINDS,
-    ShardFacts,
-    Store,
-    read_manifest,
-    sha256_of,
-    shard_name,
-)
-from megatron_medgpt.types import BODY_PARTS, LATERALITIES, MODALITIES, VIEWS
+from megatron_medgpt.data.index import IndexedFile
+from megatron_medgpt.data.manifest import ShardFacts, read_manifest
+from megatron_medgpt.data.stored import FACT_NAMES, NUM_FACTS, PIXEL_HEADER, StoredSample, header_of
 
-_FACTS = (7, 4)
-"""How many facts a sample has: today, and in schema 1."""
-_NAMES = {
-    "modalities": (0, MODALITIES),
-    "body_parts": (4, BODY_PARTS),
-    "views": (5, VIEWS),
-    "lateralities": (6, LATERALITIES),
-}
-"""Count in the manifest -> where it stands among the facts, and the names of its values."""
 _ID_BYTES = 33
 _ID = re.compile(rb"[0-9a-f]{32}\n")
-_PIXEL_HEADER = struct.Struct("<4sHHB3x")
-_PIXEL_MAGIC = b"MGPX"
 _MOST_OPEN_SHARDS = 8192
 """Five mapped files each; Linux allows a process 65,530 mappings (vm.max_map_count)."""
 _MAPS_OF_A_SHARD = 5
 _OTHER_FILES = 512
 _MOST_OPEN_FILES = 256
 """Pixel files; many systems allow a process 1024 open files."""
-
-
-class StoredSample(NamedTuple):
-    """One sample as it lies in a shard; arrays are read-only views of the file."""
-
-    token_ids: np.ndarray
-    target_spans_flat: np.ndarray
-    modality: int
-    image_keys: tuple[tuple[int, int], ...]
-    """(shard, image in the shard), one per image mark."""
-    sample_id: str
-
-
-def pack_pixels(pixels_YXC: np.ndarray) -> bytes:
-    """A pixel record: ``MGPX``, uint16 rows, uint16 columns, uint8 channels, 3 zero bytes, then the uint8 pixels."""
-    rows, columns, channels = pixels_YXC.shape
-    return _PIXEL_HEADER.pack(_PIXEL_MAGIC, rows, columns, channels) + np.ascontiguousarray(pixels_YXC).tobytes()
-
-
-@lru_cache(maxsize=8)
-def _header_of(shape: tuple[int, ...]) -> bytes:
-    return _PIXEL_HEADER.pack(_PIXEL_MAGIC, *shape)
-
-
-def unpack_pixels(record: np.ndarray) -> np.ndarray:
-    """uint8 (rows, columns, channels) of a pixel record, without a copy.
-
-    Raises:
-        WorkError: not a pixel record, or its size does not fit its header.
-    """
-    magic, rows, columns, channels = (
-        _PIXEL_HEADER.unpack_from(record) if record.size >= _PIXEL_HEADER.size else (b"", 0, 0, 0)
-    )
-    if magic != _PIXEL_MAGIC or record.size != _PIXEL_HEADER.size + rows * columns * channels:
-        raise WorkError("a stored image is not a pixel record; the shard is damaged, run medgpt inspect --verify")
-    return record[_PIXEL_HEADER.size :].reshape(rows, columns, channels)
-
-
-class ShardWriter:
-    """Writes one shard: into hidden files first; ``close`` reads them back, then moves them to their names."""
-
-    def __init__(self, folder: Path, number: int, store: Store) -> None:
-        self.folder, self.name, self.store = folder, shard_name(number), store
-        self._prefix = folder / f".{self.name}"
-        self._text = IndexedWriter(Path(f"{self._prefix}.text"), "int32")
-        self._image = IndexedWriter(Path(f"{self._prefix}.image"), "uint8")
-        self._ids: list[str] = []
-        self._num_tokens = self._num_targets = 0
-        self._counts: dict[str, Counter[str]] = {listed: Counter() for listed in LISTED}
-
-    def add_images(self, images: Sequence[bytes]) -> int:
-        """Append images (encoded bytes or pixel records) and return the number of the first in this shard."""
-        first = self._image.num_sequences
-        for image in images:
-            self._image.add(image)
-            self._image.end_document()
-        return first
-
-    def add_sample(
-        self,
-        *,
-        sample_id: str,
-        token_ids: np.ndarray,
-        target_spans: Sequence[tuple[int, int]],
-        modality: int,
-        num_images: int,
-        first_image: int,
-        body_part: int = 0,
-        view: int = 0,
-        laterality: int = 0,
-    ) -> None:
-        """Append one sample whose images ``add_images`` has written. ``sample_id``: 32 hexadecimal digits."""
-        self._text.add(token_ids)
-        self._text.add(np.asarray(target_spans, np.int32).reshape(-1))
-        kind = STORE_KINDS[self.store.kind]
-        facts = [modality, num_images, first_image, kind, body_part, view, laterality]
-        self._text.add(np.asarray(facts, np.int32))
-        self._text.end_document()
-        self._ids.append(f"{sample_id:>032s}\n")
-        self._num_tokens += len(token_ids)
-        self._num_targets += sum(end - start for start, end in target_spans)
-        for listed, (place, names) in _NAMES.items():
-            if listed == "modalities" or facts[place]:
-                self._counts[listed][names[facts[place]]] += 1
-
-    def close(self) -> ShardFacts:
-        """Complete the shard and return its entry for the manifest."""
-        num_images = self._image.num_sequences
-        self._text.close()
-        self._image.close()
-        with open(f"{self._prefix}.ids", "w", encoding="ascii") as file:
-            file.writelines(self._ids)
-            file.flush()
-            os.fsync(file.fileno())
-        kept = (["text.bin", "text.idx", "ids"] if self._ids else []) + (
-            ["image.bin", "image.idx"] if num_images else []
-        )
-        if self._ids:
-            IndexedFile(Path(f"{self._prefix}.text"), "int32")
-        if num_images:
-            IndexedFile(Path(f"{self._prefix}.image"), "uint8")
-        files = {}
-        for suffix in ("text.bin", "text.idx", "ids", "image.bin", "image.idx"):
-            partial = Path(f"{self._prefix}.{suffix}")
-            if suffix in kept:
-                files[f"{self.name}.{suffix}"] = {"bytes": partial.stat().st_size, "sha256": sha256_of(partial)}
-                os.replace(partial, self.folder / f"{self.name}.{suffix}")
-            else:
-                partial.unlink()
-        return ShardFacts(
-            name=self.name, num_samples=len(self._ids), num_images=num_images, num_tokens=self._num_tokens,
-            num_targets=self._num_targets, files=files,
-            **{listed: dict(sorted(counts.items())) for listed, counts in self._counts.items()},
-        )  # fmt: skip
 
 
 def _check_sizes(folder: Path, facts: ShardFacts) -> None:
@@ -218,7 +83,7 @@ class _Shard:
             and np.array_equal(self.text.boundaries, np.arange(0, len(self.text) + 1, 3))
             and len(self.ids) == facts.num_samples
             and (0 if self.image is None else len(self.image)) == facts.num_images
-            and self.num_facts in _FACTS
+            and self.num_facts in NUM_FACTS
             and (self.text.lengths[2::3] == self.num_facts).all()
             and (self.text.lengths[1::3] % 2 == 0).all()
         )
@@ -226,7 +91,7 @@ class _Shard:
             raise WorkError(f"{at}: its samples are not token ids, target spans and facts; restore it or ingest again")
         count, first = self._meta(1), self._meta(2)
         if (
-            any(self._is_off(place, names) for place, names in _NAMES.values() if place < self.num_facts)
+            any(self._is_off(place, names) for place, names in FACT_NAMES.values() if place < self.num_facts)
             or ((count < 0) | (first < 0)).any()
             or (first.astype(np.int64) + count > facts.num_images).any()
         ):
@@ -347,7 +212,9 @@ class Dataset:
         """What is known of a sample's images, by name: modality, body part, view, laterality."""
         _, shard, row = self._locate(number)
         facts = shard.row(row)[2]
-        return tuple(names[facts[place]] for place, names in _NAMES.values() if place < len(facts) and facts[place] > 0)
+        return tuple(
+            names[facts[place]] for place, names in FACT_NAMES.values() if place < len(facts) and facts[place] > 0
+        )
 
     def image(self, key: tuple[int, int]) -> np.ndarray:
         """uint8 record of one image, a view of the file: encoded bytes or a pixel record."""
@@ -363,9 +230,9 @@ class Dataset:
         """
         number, image = key
         pointers, lengths = self._shard(number).places_of_images
-        header, size = bytearray(_PIXEL_HEADER.size), _PIXEL_HEADER.size + out_YXC.size
+        header, size = bytearray(PIXEL_HEADER.size), PIXEL_HEADER.size + out_YXC.size
         num_bytes = os.preadv(self._image_file(number).fileno(), (header, out_YXC), pointers[image])
-        if header != _header_of(out_YXC.shape) or not num_bytes == size == lengths[image]:
+        if header != header_of(out_YXC.shape) or not num_bytes == size == lengths[image]:
             raise WorkError("a stored image is not the pixel record it should be; run medgpt inspect --verify")
 
     def _image_file(self, number: int) -> BinaryIO:

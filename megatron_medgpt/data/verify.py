@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_medgpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest, sha256_of
-from megatron_medgpt.data.shards import Dataset, StoredSample
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import StoredSample
 
 
 def verify(folder: str | Path) -> Iterator[str]:

@@ -154,9 +154,11 @@ def run_ingest(
     for note, count in summary.notes.items():
         advice = suspicious_text == "count" and note.startswith(SUSPICIOUS)
         echo(f"{count} {note}" + " (--suspicious-text mask or refuse)" * advice)
+    rejected = sum(summary.rejects.values())
     echo(
         f"{out}: {summary.num_samples} samples, {summary.num_images} images, {summary.num_tokens} text tokens from "
-        f"{summary.num_records} records in {summary.seconds:.1f} s; rejected {in_words(summary.rejects)}"
+        f"{summary.num_records} records in {summary.seconds:.1f} s; rejected "
+        + (f"{rejected}: {in_words(summary.rejects)}" if rejected else "none")
     )
     if own:
         echo(f"part {part} is done; when all are, run the same command with --merge in place of --part")
@@ -189,7 +191,7 @@ def _show(sources: Sequence[Source], echo: Callable[[str], None], show_names: bo
     """What was recognised, with the first three records. Their texts are masked here: this may go into a log."""
     for number, source in enumerate(sources, 1):
         what = source.describe()
-        echo(what if show_names else what.replace(name_of(source.places[0]), f"input {number}"))
+        echo(what if show_names else f"input {number}" + what.removeprefix(name_of(source.places[0])))
         for record in islice((record for record in source.read() if not record.problem), 3):
             turns = " | ".join(f"{turn.role}: {masked(turn.text)[0][:70]!r}" for turn in record.turns[:2])
             echo(f"  record {record.number}: {len(record.images)} image(s); {turns}")

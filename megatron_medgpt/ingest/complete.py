@@ -20,6 +20,8 @@ from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.sources import Source
 from megatron_medgpt.ingest.write import Finished, Settings, remove_notes
 
+_REASONS_SHOWN = 8
+
 
 def complete(
     settings: Settings,
@@ -79,5 +81,9 @@ def complete(
 
 
 def in_words(counts: dict[str, int]) -> str:
-    """The five most frequent reasons with their counts."""
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common(5)) or "none"
+    """The reasons with their counts, the most frequent first; of more than eight what is left as one number."""
+    listed = Counter(counts).most_common()
+    shown = [f"{count} {reason}" for reason, count in listed[:_REASONS_SHOWN]]
+    if rest := sum(count for _, count in listed[_REASONS_SHOWN:]):
+        shown.append(f"{rest} for {len(listed) - _REASONS_SHOWN} other reasons")
+    return ", ".join(shown)

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_medgpt.data.index import IndexedFile
 from megatron_medgpt.data.manifest import ShardFacts, Store, added_up
+from megatron_medgpt.data.pack import quantiles_of
 from megatron_medgpt.data.text import Tokenizer
 
 DATASHEET = "DATASHEET.md"
@@ -74,7 +75,7 @@ def write_datasheet(
     lines += [
         "- Of a header only modality, body part, view and laterality went on, each as a word of a closed list.",
         "- No other header, path, file name, UID, EXIF, comment or PNG text was copied; ids are keyed hashes.",
-        "- DICOM and NIfTI pixels that are not square in millimetres were stretched until they were (bicubic).",
+        "- Pixels of DICOM files, volumes and slides that are not square in millimetres were made square (bicubic).",
         "- Pictures that may show text of a patient were "
         + ("accepted." if provenance["burned_in_allowed"] else "held back."),
         f"- Texts that look identifying were {_treated(provenance['suspicious_text'])}"
@@ -102,8 +103,8 @@ def _lengths(folder: Path, shards: Sequence[ShardFacts]) -> str:
     lengths = [IndexedFile(folder / f"{s.name}.text", "int32").lengths[0::3] for s in shards if s.num_samples]
     if not lengths:
         return "none"
-    least, median, p99, most = np.percentile(np.concatenate(lengths), (0, 50, 99, 100), method="lower").tolist()
-    return f"{least} to {most}, median {median}, 99 % up to {p99}"
+    found = quantiles_of(np.concatenate(lengths))
+    return "{least} to {most}, median {median}, 99 % up to {p99}".format(**found)
 
 
 def _columns(columns: Mapping[str, str]) -> str:

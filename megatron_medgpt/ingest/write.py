@@ -22,7 +22,7 @@ from typing import TextIO
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.manifest import ShardFacts, Store, shard_name, write_json
 from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
-from megatron_medgpt.data.shards import ShardWriter
+from megatron_medgpt.data.shard_writer import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
 from megatron_medgpt.ingest.exclude import EXCLUDED

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_medgpt.config.schema import BlendConfig, RunConfig, StageConfig
-from megatron_medgpt.data.loader import Prefetcher, StageData, open_stage
+from megatron_medgpt.data.loader import StageData, open_stage
+from megatron_medgpt.data.prefetch import Prefetcher
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.model.build import build_model
 from megatron_medgpt.model.medgpt import MedGPT

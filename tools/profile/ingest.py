@@ -1,4 +1,4 @@
-"""How fast pictures are ingested: against plain DALI, exactly and scaled; JPEG 2000; two workers; peak memory.
+"""How fast pictures are ingested: against plain DALI, exactly and scaled; JPEG 2000; two workers.
 
     python tools/profile/ingest.py --out ingest.json
 
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -166,42 +165,10 @@ def _cpu_s() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def _decode_alone(path: str) -> float:
-    decode(Path(path).read_bytes(), DecodeOptions(), store=STORE)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory(folder: Path) -> dict[str, float]:
-    """Peak resident MiB of a fresh process that decodes one file of each kind."""
-    import nibabel
-
-    rng = np.random.default_rng(0)
-    grey = np.clip(smooth(rng, 2048, 1)[..., 0] * 16, 0, 4095).astype(np.uint16)
-    mammogram = np.tile(grey, (3, 2))[:5000, :4000].copy()
-    kinds = {
-        "JPEG 1024 x 1024": jpegs(1)[0],
-        "DICOM 5000 x 4000, 12 bits": dicom_file(mammogram, j2k=False),
-        "DICOM 2048 x 2048, JPEG 2000": dicom_file(grey, j2k=True),
-        "DICOM 8000 x 8000, 12 bits": dicom_file(np.tile(grey, (4, 4))[:8000, :8000].copy(), j2k=False),
-        "NIfTI 512 x 512 x 600, 16 bits, gzipped": None,
-    }
-    out = {}
-    for name, content in kinds.items():
-        path = folder / "one"
-        if content is None:
-            path = folder / "one.nii.gz"
-            nibabel.Nifti1Image(np.zeros((512, 512, 600), np.int16) + 7, np.eye(4)).to_filename(path)
-        else:
-            path.write_bytes(content)
-        with get_context("spawn").Pool(1) as pool:
-            out[name] = round(pool.apply(_decode_alone, (str(path),)))
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("jpeg", "j2k", "workers", "memory"))
+    parser.add_argument("--only", choices=("jpeg", "j2k", "workers"))
     parser.add_argument("--step", type=int, default=320, help="records of the shorter run that measures workers")
     only, step = parser.parse_args().only, parser.parse_args().step
     result: dict[str, object] = {"versions": versions()}
@@ -221,8 +188,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if only in (None, "workers"):
             result["workers"] = workers(Path(name), files, step)
-        if only in (None, "memory"):
-            result["peak MiB"] = memory(Path(name))
     text = json.dumps(result, indent=1)
     print(text)
     out = parser.parse_args().out

@@ -25,7 +25,8 @@ import numpy as np
 from megatron_medgpt.config.schema import BlendConfig
 from megatron_medgpt.data.loader import open_stage
 from megatron_medgpt.data.manifest import Store, shard_name, write_manifest
-from megatron_medgpt.data.shards import Dataset, ShardWriter
+from megatron_medgpt.data.shard_writer import ShardWriter
+from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.types import ImageSpec
 
 PER_SHARD, WRITTEN = 2048, 16

@@ -21,7 +21,8 @@ from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.manifest import Store
-from megatron_medgpt.data.shards import Dataset, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.evaluate.tasks.question import Question
 
 SMALLEST_SPREAD = 2.0

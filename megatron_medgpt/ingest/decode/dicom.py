@@ -50,11 +50,11 @@ _PLUGINS = {
 gdcm_frames.register()
 
 
-def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Facts, list[Frame]]:
-    """What the header says of the picture, and the chosen frames.
+def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) -> tuple[Facts, Iterator[Frame]]:
+    """What the header says of the picture, and the chosen frames, decoded as they are taken.
 
     Raises:
-        PictureError: with the reason.
+        PictureError: with the reason; a frame may raise it too.
     """
     check_deflated(content)
     try:
@@ -82,12 +82,12 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         raise PictureError("too-many-frames")
     if not _supported(syntax):
         raise PictureError("unsupported-transfer-syntax")
-    return facts, list(_decoded(ds, chosen, num_frames, options))
+    return facts, _decoded(ds, chosen, num_frames, options)
 
 
-def _supported(syntax: UID | None) -> bool:
+def _supported(syntax: object) -> bool:
     try:
-        return syntax is not None and get_decoder(syntax).is_available
+        return isinstance(syntax, UID) and get_decoder(syntax).is_available  # a damaged header may state two
     except NotImplementedError:  # MPEG, HEVC, JPIP, private ones and what is retired
         return False
 

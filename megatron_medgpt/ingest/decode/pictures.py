@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image  # before GDCM: loaded after it, Pillow 13's PNG writer cr
 
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import Picture, PictureError, canonical, encode_png, pixels_of
-from megatron_medgpt.data.shards import pack_pixels
+from megatron_medgpt.data.stored import pack_pixels
 from megatron_medgpt.ingest.decode.kinds import is_dicom, is_nifti
 from megatron_medgpt.ingest.decode.options import DecodeOptions
 from megatron_medgpt.ingest.decode.spacing import Frame
@@ -68,20 +68,24 @@ def decode(
     return (Decoded(canonical(content)),)
 
 
-def written(frames: Sequence[Frame], store: Store, facts: Facts = NO_FACTS) -> tuple[Decoded, ...]:
+def written(frames: Iterable[Frame], store: Store, facts: Facts = NO_FACTS) -> tuple[Decoded, ...]:
     """8-bit frames as squares of pixels, or as PNG files that have been decoded again and compared.
 
+    They are taken one by one: a file of a thousand frames is never decoded as a whole.
+
     Raises:
-        PictureError: ``written-bytes-differ``.
+        PictureError: ``written-bytes-differ``, and what the frames raise.
     """
     if store.kind == "pixels":
         from megatron_medgpt.data.resize import square_pixels  # torch: 1.5 s that encoded stores need not pay
 
-        size_px = store.size_px
-        squares = [pack_pixels(square_pixels(frame.pixels, size_px, store.pad_rgb)) for frame in frames]
         return tuple(
-            Decoded(Picture(square, size_px, size_px), facts, frame.squared) for square, frame in zip(squares, frames)
-        )
+            Decoded(
+                Picture(pack_pixels(square_pixels(frame.pixels, store.size_px, store.pad_rgb)), *[store.size_px] * 2),
+                facts, frame.squared,
+            )
+            for frame in frames
+        )  # fmt: skip
     pictures = []
     for frame in frames:
         picture = encode_png(Image.fromarray(frame.pixels))

@@ -1,27 +1,28 @@
-"""Whole slides (openslide): tiles of tissue at a requested resolution. Background, label and macro stay unread."""
+"""Whole slides: tiles of tissue at a requested resolution, read by openslide in a process of its own.
+
+openslide ends its process where a damaged slide asks for more memory than there is (found by changing bytes).
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from megatron_medgpt.data.manifest import Store
-from megatron_medgpt.data.picture import LARGEST_PIXELS, PictureError
-from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOptions, picked
+from megatron_medgpt.data.picture import PictureError
+from megatron_medgpt.ingest.decode.apart import Apart, Died
+from megatron_medgpt.ingest.decode.options import DecodeOptions
 from megatron_medgpt.ingest.decode.pictures import ENCODED, Decoded, written
 from megatron_medgpt.ingest.decode.spacing import Frame
 from megatron_medgpt.ingest.facts import Facts
 from megatron_medgpt.types import MODALITIES
 
 _ENDINGS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".tif", ".tiff")
-_OVERVIEW_PX = 2048
-_LEAST_TISSUE = 0.4
-"""Share of a tile that must be tissue."""
-_LEAST_COLOUR = 12
-"""Difference of the largest and the smallest of R, G and B below which nothing is tissue, of 255."""
-_FINER_THAN_SCANNED = 0.9
+openslide = Apart("megatron_medgpt.ingest.decode.slide_tiles", most_bytes=1 << 30)
 
 
 def is_slide_name(name: str) -> bool:
@@ -34,79 +35,23 @@ def decode_slide(path: Path, options: DecodeOptions, *, store: Store = ENCODED) 
 
     Raises:
         PictureError: ``openslide-not-installed``, ``unsupported-format``, ``slide-without-resolution``,
-            ``slide-too-coarse`` (scanned with less than 0.9 of the requested resolution), ``no-tissue``,
-            ``truncated-or-corrupt``.
+            ``slide-too-coarse`` (scanned with less than 0.9 of the requested resolution), ``pixels-far-from-square``,
+            ``no-tissue``, ``truncated-or-corrupt``.
     """
+    return written(_tiles(path, options), store, Facts(MODALITIES.index("microscopy")))
+
+
+def _tiles(path: Path, options: DecodeOptions) -> Iterator[Frame]:
+    tiles, reason = openslide.ask({"path": str(path.absolute()), "options": asdict(options)}), ""
     try:
-        import openslide
-    except ImportError as error:
-        raise PictureError("openslide-not-installed") from error
-    try:
-        slide = openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise PictureError("unsupported-format") from error
-    except openslide.OpenSlideError as error:
+        for piece in tiles:
+            said = json.loads(piece)
+            if "reason" in said:  # the last that is said
+                reason = said["reason"]
+                continue
+            pixels = np.frombuffer(next(tiles), np.uint8).reshape(options.tile_px, options.tile_px, 3)
+            yield Frame(pixels, squared=said["squared"])
+    except Died as error:
         raise PictureError("truncated-or-corrupt") from error
-    with slide:
-        try:
-            tiles = _tiles(slide, options)
-        except openslide.OpenSlideError as error:
-            raise PictureError("truncated-or-corrupt") from error
-    return written(tiles, store, Facts(MODALITIES.index("microscopy")))
-
-
-def _tiles(slide, options: DecodeOptions) -> list[Frame]:
-    try:
-        scanned_um = (float(slide.properties["openslide.mpp-x"]) + float(slide.properties["openslide.mpp-y"])) / 2
-    except (KeyError, ValueError) as error:
-        raise PictureError("slide-without-resolution") from error
-    shrink = options.um_per_px / scanned_um
-    if shrink < _FINER_THAN_SCANNED:
-        raise PictureError("slide-too-coarse")
-    side = options.tile_px * shrink  # pixels of the scan
-    rows, columns = int(slide.dimensions[1] // side), int(slide.dimensions[0] // side)
-    if not rows or not columns:
-        raise PictureError("too-small-or-narrow")
-    level = slide.get_best_level_for_downsample(shrink * 1.01)
-    read_px = max(1, round(side / slide.level_downsamples[level]))
-    if read_px**2 > LARGEST_PIXELS:
-        raise PictureError("too-many-pixels")
-    places = np.argwhere(_tissue_share(slide, rows, columns, side) >= _LEAST_TISSUE)
-    chosen = picked(len(places), options.tiles)
-    if not len(chosen):
-        raise PictureError("no-tissue")
-    if len(chosen) > LARGEST_PICTURES:
-        raise PictureError("too-many-frames")
-    tiles = []
-    for row, column in places[list(chosen)]:
-        region = slide.read_region((round(column * side), round(row * side)), level, (read_px, read_px))
-        tile = _on_white(region).resize((options.tile_px, options.tile_px), Image.Resampling.BICUBIC)
-        tiles.append(Frame(np.asarray(tile)))
-    return tiles
-
-
-def _on_white(region: Image.Image) -> Image.Image:
-    """Places that were not scanned are transparent."""
-    whole = Image.new("RGB", region.size, (255, 255, 255))
-    whole.paste(region, mask=region.getchannel("A"))
-    return whole
-
-
-def _tissue_share(slide, rows: int, columns: int, side: float) -> np.ndarray:
-    """float (rows, columns): share of each tile that is coloured more than an Otsu threshold of the whole slide."""
-    overview = np.asarray(slide.get_thumbnail((_OVERVIEW_PX, _OVERVIEW_PX)).convert("RGB")).astype(np.int16)
-    colour = (overview.max(axis=2) - overview.min(axis=2)).astype(np.uint8)
-    tissue = Image.fromarray((255 * (colour > max(_otsu(colour), _LEAST_COLOUR))).astype(np.uint8))
-    scale = tissue.width / slide.dimensions[0]
-    covered = (0, 0, min(columns * side * scale, tissue.width), min(rows * side * scale, tissue.height))
-    return np.asarray(tissue.resize((columns, rows), Image.Resampling.BOX, box=covered)) / 255
-
-
-def _otsu(values: np.ndarray) -> int:
-    """The threshold with the largest variance between the two classes (Otsu, 1979)."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(np.float64)
-    below, sums = np.cumsum(counts), np.cumsum(counts * np.arange(256))
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return int(np.nanargmax(np.nan_to_num(between)))
+    if reason:
+        raise PictureError(reason)

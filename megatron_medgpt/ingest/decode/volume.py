@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
 
 import nibabel
 import numpy as np
@@ -22,12 +23,13 @@ from megatron_medgpt.types import MODALITIES
 
 LARGEST_VOLUME_BYTES = 400 << 20
 _LARGEST_HEADER_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20
 _MUCH_THICKER = 1.5
 _STATISTICS_SLICES = 32
 _AXIAL = 2
 
 
-def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> list[Frame]:
+def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> Iterator[Frame]:
     """The chosen slices, their pixels square in millimetres.
 
     A window covers the whole volume, so that neighbouring slices look alike: the CT preset where ``modality`` says
@@ -50,7 +52,7 @@ def slices_of(content: bytes, options: DecodeOptions, modality: str = "") -> lis
             raise PictureError("unsupported-volume")
         stream.seek(0)
         image = kind.from_stream(stream)
-        return _slices(image, options, modality)
+        yield from _slices(image, _voxels(image, stream), options, modality)
     except PictureError:
         raise
     except MemoryError as error:
@@ -64,8 +66,20 @@ def _is_second(content: bytes) -> bool:
     return start[4:7] == b"n+2"
 
 
-def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -> list[Frame]:
-    voxels = image.dataobj.get_unscaled()
+def _voxels(image: nibabel.Nifti1Image, stream: io.BufferedIOBase) -> np.ndarray:
+    """Stored values, read in place: nibabel's own way holds a zipped volume twice (800 MiB more for one of 400)."""
+    voxels = np.empty(image.dataobj.shape, image.dataobj.dtype, order="F")
+    left = memoryview(voxels.ravel(order="K").view(np.uint8))
+    stream.seek(image.dataobj.offset)
+    while left:
+        count = stream.readinto(left[:_PIECE_BYTES])
+        if not count:
+            raise PictureError("truncated-or-corrupt")
+        left = left[count:]
+    return voxels
+
+
+def _slices(image: nibabel.Nifti1Image, voxels: np.ndarray, options: DecodeOptions, modality: str) -> Iterator[Frame]:
     voxels = voxels[(slice(None),) * 3 + (0,) * (voxels.ndim - 3)]  # of several volumes, the first
     voxels = voxels[..., None] if voxels.ndim == 2 else voxels
     turned = nibabel.io_orientation(image.affine)
@@ -85,7 +99,8 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
     across_mm, down_mm = np.delete(spacing_mm, axis)  # see _upright
     ratio = ratio_of((down_mm, across_mm)) or 1.0
     if voxels.dtype.names:  # RGB or RGBA, 8 bits each
-        return [squared(np.stack([plane[name] for name in "RGB"], axis=-1), ratio) for plane in planes]
+        yield from (squared(np.stack([plane[name] for name in "RGB"], axis=-1), ratio) for plane in planes)
+        return
     if voxels.dtype.kind not in "iuf":
         raise PictureError("unsupported-volume")
     slope, intercept = (float(value) for value in (image.dataobj.slope, image.dataobj.inter))
@@ -98,12 +113,10 @@ def _slices(image: nibabel.Nifti1Image, options: DecodeOptions, modality: str) -
             raise PictureError("no-finite-value")
         low, high = sorted(np.percentile(seen, PERCENTILES) * slope + intercept)
         curves = [linear_exact((low + high) / 2, max(high - low, 1e-6))]
-    shown = []
     for plane in planes:
         values = np.nan_to_num(plane.astype(np.float64) * slope + intercept)
         grey = [np.rint(255 * curve(values)).astype(np.uint8) for curve in curves]
-        shown.append(squared(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)), ratio))
-    return shown
+        yield squared(np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)), ratio)
 
 
 def _through_plane(spacing_mm: np.ndarray) -> int:
@@ -115,5 +128,6 @@ def _through_plane(spacing_mm: np.ndarray) -> int:
 def _upright(canonical: np.ndarray, axis: int, index: int) -> np.ndarray:
     """One slice as (rows, columns): rows from front to back or head to foot, columns from right to left (sagittal:
     from front to back)."""
-    plane = np.take(canonical, index, axis=axis)  # its two axes grow to the right, front or head
+    # A view: np.take copies the whole volume first where it is not in C order, which files never are.
+    plane = canonical[(slice(None),) * axis + (index,)]  # its two axes grow to the right, front or head
     return plane[::-1, ::-1].T

@@ -53,7 +53,7 @@ def choose_columns(row: Mapping[str, Any], mapping: Mapping[str, str], table: ob
     for name, known in _NAMES.items():
         if name in mapping:
             if mapping[name] not in row:
-                listed = ", ".join(map(str, row))
+                listed = ", ".join(map(in_print, row))
                 raise UsageError(f"--map {name}={mapping[name]}: {table} has only the columns {listed}")
             columns[name] = mapping[name]
             continue
@@ -83,6 +83,11 @@ def option_columns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _names_a_picture(value: Any) -> bool:
     return isinstance(value, str) and value.lower().endswith(IMAGE_ENDINGS)
+
+
+def in_print(name: object) -> str:
+    """A name from a file on one line: what is not printable (line feeds, a terminal's control codes) is spelled out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def dialogue_key(row: Mapping[str, Any]) -> str | None:
@@ -115,6 +120,6 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], table: obj
     if "text" in columns and not UID_KEYWORDS.keys().isdisjoint(columns):
         return "dicom"
     raise UsageError(
-        f"{table} is of no known shape; its columns are {', '.join(map(str, row))}; "
+        f"{table} is of no known shape; its columns are {', '.join(map(in_print, row))}; "
         "name them, e.g. --map image=COLUMN,text=COLUMN"
     )

@@ -20,6 +20,7 @@ from megatron_medgpt.ingest.sources.columns import (
     UID_KEYWORDS,
     choose_columns,
     detect_format,
+    in_print,
 )
 from megatron_medgpt.ingest.sources.energon import META, open_energon
 from megatron_medgpt.ingest.sources.folder import is_text, pair_rows, pairs_in
@@ -61,7 +62,7 @@ class Source:
 
     def describe(self) -> str:
         """One line for the terminal: which format, and which column serves as what."""
-        chosen = ", ".join(f"{name}={column}" for name, column in self.columns.items())
+        chosen = ", ".join(f"{name}={in_print(column)}" for name, column in self.columns.items())
         more = f" and {len(self.places) - 1} more" if len(self.places) > 1 else ""
         remark = f"; {self.remark}" if self.remark else ""
         return f"{name_of(self.places[0])}{more}: format {self.format}" + (f" ({chosen})" if chosen else "") + remark

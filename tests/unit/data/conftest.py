@@ -5,7 +5,7 @@ import pytest
 from png_examples import png_of
 
 from megatron_medgpt.data.manifest import Store, write_manifest
-from megatron_medgpt.data.shards import ShardWriter
+from megatron_medgpt.data.shard_writer import ShardWriter
 from megatron_medgpt.data.text import Tokenizer, Turn, train_tokenizer
 
 

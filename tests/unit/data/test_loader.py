@@ -14,8 +14,9 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.schema import AugmentConfig, BlendConfig
 from megatron_medgpt.data.augment import augmented, draws
 from megatron_medgpt.data.collate import Document, RowShape, batch_of_documents, collate
-from megatron_medgpt.data.loader import Prefetcher, chain, open_stage
+from megatron_medgpt.data.loader import chain, open_stage
 from megatron_medgpt.data.pixels import PixelSource, chosen_decoder
+from megatron_medgpt.data.prefetch import Prefetcher
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.square import pad_rgb, square
 from megatron_medgpt.types import IGNORE_INDEX, ImageSpec

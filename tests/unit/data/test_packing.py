@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_medgpt.data.mix import Member, draw_epoch, order_keys, permutation
-from megatron_medgpt.data.pack import best_fit_decreasing, plan_epoch
+from megatron_medgpt.data.pack import best_fit_decreasing, plan_epoch, quantiles_of
 
 
 def naive_best_fit_decreasing(lengths, capacity):
@@ -73,3 +73,8 @@ def test_every_pass_has_its_own_order():
     first, second = (draw_epoch(members(1.0, sizes=(50,)), 0, e).tolist() for e in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
+
+
+def test_quantiles_are_lengths_of_samples_and_99_percent_do_not_exceed_the_third():
+    assert quantiles_of(np.array([30, 33, 33, 38])) == {"least": 30, "median": 33, "p99": 38, "most": 38}
+    assert quantiles_of(np.arange(1, 201))["p99"] == 199

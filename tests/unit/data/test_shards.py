@@ -15,7 +15,9 @@ from megatron_medgpt.config.errors import MedgptError, UsageError, WorkError
 from megatron_medgpt.data import shards
 from megatron_medgpt.data.index import IndexedFile, IndexedWriter
 from megatron_medgpt.data.manifest import Store, read_manifest, sha256_of, write_manifest
-from megatron_medgpt.data.shards import Dataset, ShardWriter, pack_pixels, unpack_pixels
+from megatron_medgpt.data.shard_writer import ShardWriter
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import pack_pixels, unpack_pixels
 from megatron_medgpt.data.verify import verify
 
 

@@ -1,6 +1,6 @@
 """Files of every family with bytes changed: a picture or a typed refusal, and never the end of the process.
 
-``MEDGPT_FUZZ_CASES`` sets how many; they are the same on every machine.
+``MEDGPT_FUZZ_CASES`` sets how many (make fuzz); they are the same on every machine.
 """
 
 import gzip
@@ -8,6 +8,7 @@ import io
 import os
 import random
 import signal
+import struct
 import warnings
 from pathlib import Path
 
@@ -15,17 +16,20 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import tifffile
+from caps import capped
 from medical_files import dicom, encoded, picture
 from pydicom.dataset import Dataset as Header
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import pixel_array
 
 from megatron_medgpt.data.picture import PictureError
-from megatron_medgpt.ingest.decode import DecodeOptions, decode, gdcm_frames
+from megatron_medgpt.ingest.decode import DecodeOptions, apart, decode, decode_slide, gdcm_frames, slide
 from megatron_medgpt.ingest.decode.reading import dcmread
 
 SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
 CASES = int(os.environ.get("MEDGPT_FUZZ_CASES", "260"))
+SLIDES = CASES if CASES > 1000 else 60
 OPTIONS = DecodeOptions(frames="even:2", slices="even:2", scaled_px=16)
 
 
@@ -39,12 +43,15 @@ def seeds():
                     GreenPaletteColorLookupTableDescriptor=[256, 0, 16], GreenPaletteColorLookupTableData=bytes(512),
                     BluePaletteColorLookupTableDescriptor=[256, 0, 16], BluePaletteColorLookupTableData=bytes(512),
                     )  # fmt: skip
-    measures, anatomy, group = Header(), Header(), Header()
+    measures, anatomy, group, region = Header(), Header(), Header(), Header()
+    region.PhysicalUnitsXDirection, region.PhysicalUnitsYDirection = 3, 3
+    region.PhysicalDeltaX, region.PhysicalDeltaY = 0.1, 0.2
     measures.PixelSpacing, anatomy.FrameLaterality = [0.5, 0.25], "L"
     group.PixelMeasuresSequence, group.FrameAnatomySequence = [measures], [anatomy]
     oblong = dicom(np.eye(24, dtype=np.uint16), modality="MR", BodyPartExamined="KNEE", ViewPosition="AP",
                    PixelAspectRatio=[4, 3], SharedFunctionalGroupsSequence=[group])  # fmt: skip
-    return [*((SHIPPED / name).read_bytes() for name in names), palette, oblong, nifti, gzip.compress(nifti, 1),
+    echo = dicom(np.eye(24, dtype=np.uint8), modality="US", SequenceOfUltrasoundRegions=[region])
+    return [*((SHIPPED / name).read_bytes() for name in names), palette, oblong, echo, nifti, gzip.compress(nifti, 1),
             encoded("JPEG", picture()), encoded("PNG", picture())]  # fmt: skip
 
 
@@ -64,17 +71,69 @@ def test_a_damaged_file_is_a_picture_or_a_refusal():
     for number in range(CASES):
         content = damaged(files[number % len(files)], rng)
         try:
-            assert decode(content, OPTIONS, allow_burned_in=True)
+            with capped():
+                assert decode(content, OPTIONS, allow_burned_in=True)
         except PictureError:
             refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
     assert 0.2 * CASES < refused < 0.8 * CASES
+
+
+def slides(folder):
+    """Two small slides, plain and deflated."""
+    pixels = np.full((256, 256, 3), 244, np.uint8)
+    pixels[64:192, 64:192] = 150, 60, 140
+    for compression in (None, "zlib"):
+        with tifffile.TiffWriter(folder / "slide.tif") as writer:
+            for level, step in enumerate((1, 2)):
+                writer.write(
+                    pixels[::step, ::step], tile=(64, 64), photometric="rgb", subfiletype=int(level > 0), metadata=None,
+                    resolution=(20_000 / step, 20_000 / step), resolutionunit="CENTIMETER", compression=compression,
+                )  # fmt: skip
+        yield (folder / "slide.tif").read_bytes()
+
+
+@pytest.mark.timeout(0 if CASES > 1000 else 120)
+def test_a_damaged_slide_is_tiles_or_a_refusal(tmp_path):
+    rng, files, refused, options = random.Random(0), list(slides(tmp_path)), 0, DecodeOptions(tile_px=64)
+    for number in range(SLIDES):
+        (tmp_path / "slide.tif").write_bytes(damaged(files[number % 2], rng))
+        try:
+            with capped():
+                assert decode_slide(tmp_path / "slide.tif", options)
+        except PictureError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
+    assert 0.1 * SLIDES < refused < 0.9 * SLIDES
+
+
+def test_a_slide_that_ends_openslides_process_costs_that_slide_alone(tmp_path):
+    """GLib ends a process that cannot have the memory for a tile of half a million pixels squared."""
+    whole = next(slides(tmp_path))
+    expected = decode_slide(tmp_path / "slide.tif", DecodeOptions(tile_px=64))
+    process = slide.openslide.process
+    with tifffile.TiffFile(tmp_path / "slide.tif") as read:
+        places = [read.pages[0].tags[name].valueoffset for name in ("TileWidth", "TileLength")]
+    deadly = bytearray(whole)
+    for place in places:
+        struct.pack_into("<I", deadly, place, 0x7FFF0)
+        struct.pack_into("<H", deadly, place - 6, 4)  # a number of 32 bits
+    (tmp_path / "slide.tif").write_bytes(deadly)
+    with pytest.raises(PictureError, match="truncated-or-corrupt"):
+        decode_slide(tmp_path / "slide.tif", DecodeOptions(tile_px=64))
+    assert process.wait(5) == -signal.SIGABRT
+    (tmp_path / "slide.tif").write_bytes(whole)
+    again = decode_slide(tmp_path / "slide.tif", DecodeOptions(tile_px=64))
+    assert [tile.picture.encoded for tile in again] == [tile.picture.encoded for tile in expected]
 
 
 def test_a_frame_that_ends_gdcms_process_costs_that_frame_alone():
     whole = (SHIPPED / "JPGExtended.dcm").read_bytes()
     deadly = whole[:3091] + b"\xff" + whole[3092:]
     (expected,) = decode(whole, allow_burned_in=True)
-    process = gdcm_frames._process()
+    process = gdcm_frames.gdcm.process
     with pytest.raises(PictureError, match="truncated-or-corrupt"):
         decode(deadly, allow_burned_in=True)
     assert process.returncode not in (0, None)  # GDCM 3.2.6 aborts; where it no longer does, it may come home
@@ -83,13 +142,20 @@ def test_a_frame_that_ends_gdcms_process_costs_that_frame_alone():
 
 
 def test_a_frame_that_keeps_gdcm_busy_is_given_up(monkeypatch):
-    monkeypatch.setattr(gdcm_frames, "LONGEST_S", 0.2)
-    os.kill(gdcm_frames._process().pid, signal.SIGSTOP)  # as busy as can be
+    monkeypatch.setattr(apart, "LONGEST_S", 0.2)
+    os.kill(gdcm_frames.gdcm.process.pid, signal.SIGSTOP)  # as busy as can be
     ds = pydicom.dcmread(SHIPPED / "SC_rgb_jpeg_gdcm.dcm")
     with pytest.raises(RuntimeError, match="GDCM died"):
         pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN)
     monkeypatch.undo()
     assert pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN).shape == (100, 100, 3)
+
+
+def test_a_transfer_syntax_that_became_two_is_refused():
+    content = (SHIPPED / "CT_small.dcm").read_bytes()
+    place = content.index(b"1.2.840.10008.1.2.1\0") + 5
+    with pytest.raises(PictureError, match="unsupported-transfer-syntax"):
+        decode(content[:place] + b"\\" + content[place + 1 :])
 
 
 def test_a_panic_of_a_codec_in_rust_is_a_refusal():

@@ -105,6 +105,16 @@ def test_the_terminal_shows_no_file_name_and_no_identifier_of_a_text(ingest):
     assert not any(canary in said for canary in ("MUSTERMANN", "1987", "4711", "2014"))
 
 
+def test_a_folder_whose_name_is_a_word_of_the_line_leaves_the_line_whole(tokenizer_folder, key_file, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "a.png").write_bytes(encoded())
+    (tmp_path / "pairs" / "a.txt").write_text("A round lesion.")
+    lines = []
+    run_ingest([tmp_path / "pairs"], out=tmp_path / "out", tokenizer=tokenizer_folder, key_file=key_file, workers=1,
+               echo=lines.append)  # fmt: skip
+    assert lines[0] == "input 1: format caption (image=image, text=caption); pairs of files"
+
+
 def test_the_terminal_shows_names_where_asked_and_no_file_does(ingest, tmp_path):
     _, said = ingest(show_names=True)
     assert "MUSTERMANN.jsonl: format caption" in said

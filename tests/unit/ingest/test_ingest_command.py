@@ -14,7 +14,8 @@ from medical_files import BAD_FILES, dicom, encoded, picture
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.inspect import inspect
-from megatron_medgpt.data.shards import Dataset, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
 from megatron_medgpt.ingest.write import locked
@@ -226,11 +227,29 @@ def test_a_pixel_store_holds_ready_squares_for_one_encoder(study, ingest, tmp_pa
         open_stage([BlendConfig(path=str(tmp_path / "pixels"))], image=larger, **options)
 
 
+def test_what_was_rejected_adds_up_on_the_terminal(study, tokenizer_folder, key_file, tmp_path):
+    bad = ("empty", "html", "half a jpeg", "gif", "pixel bomb", "one pixel", "burned in", "a million frames")
+    names = [*bad, "ultrasound that says nothing", "dicom of nothing", "/etc/passwd", "none.png"]
+    for number, name in enumerate(names[:-2]):
+        (study / f"bad{number}").write_bytes(BAD_FILES[name][0])
+        names[number] = f"bad{number}"
+    rows = [json.dumps({"image": name, "caption": f"Text {name}."}) for name in names]
+    (study / "captions.jsonl").write_text((study / "captions.jsonl").read_text() + "\n".join(rows) + "\n")
+    lines = []
+    run_ingest([study / "captions.jsonl"], out=tmp_path / "out", tokenizer=tokenizer_folder, key_file=key_file,
+               workers=1, max_reject_rate=0.9, echo=lines.append)  # fmt: skip
+    said = lines[-1].split("rejected ")[1]
+    total, _, reasons = said.partition(": ")
+    assert int(total) == len(names) == sum(int(reason.split()[0]) for reason in reasons.split(", "))
+    assert "other reasons" in said
+
+
 def test_inspect_says_what_is_there_and_finds_damage(study, ingest, tmp_path):
     ingest(study)
     text = inspect(tmp_path / "out", check=True, sample=3, png=tmp_path / "samples.png")
     assert "20 from 20 records" in text
     assert "every byte" in text
+    assert text.endswith("samples.png: 3 of 20 samples, spread over the dataset")
     assert (tmp_path / "samples.png").stat().st_size > 1000
     facts = json.loads(inspect(tmp_path / "out", as_json=True))
     assert facts["samples"] == 20

@@ -206,3 +206,11 @@ def test_no_row_of_any_shape_escapes_as_another_error(tmp_path_factory, row):
         except MedgptError:
             continue
         assert len(records) == 2
+
+
+def test_a_column_whose_name_breaks_the_line_is_named_on_one_line(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps([{"image": "a", "convers\nations\x1b[2J": "x"}]))
+    for options in ({}, {"mapping": {"text": "none"}}):
+        with pytest.raises(UsageError) as raised:
+            open_source(tmp_path / "t.json", **options)
+        assert str(raised.value).isprintable() and r"convers\nations\x1b[2J" in str(raised.value)

@@ -6,15 +6,17 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from medical_files import dicom
 from PIL import Image
 from pydicom.dataset import Dataset as Header
 
 from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import PictureError
-from megatron_medgpt.data.shards import Dataset, unpack_pixels
+from megatron_medgpt.data.shards import Dataset
+from megatron_medgpt.data.stored import unpack_pixels
 from megatron_medgpt.ingest.command import run_ingest
-from megatron_medgpt.ingest.decode import decode
+from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide
 
 RADIUS_MM = 20
 
@@ -66,6 +68,60 @@ def test_a_disc_of_an_enhanced_file_is_round():
     group.PixelMeasuresSequence = [measures]
     grey, _ = shown(dicom(disc(2.0, 1.0), modality="MR", SharedFunctionalGroupsSequence=[group]))
     assert grey.shape == (64, 64)
+
+
+def region(down_cm, across_cm, units=(3, 3)):
+    found = Header()
+    found.PhysicalUnitsXDirection, found.PhysicalUnitsYDirection = units
+    found.PhysicalDeltaX, found.PhysicalDeltaY = across_cm, down_cm
+    return found
+
+
+def ultrasound(regions, **tags):
+    return dicom(disc(2.0, 1.0), modality="US", BurnedInAnnotation="NO", SequenceOfUltrasoundRegions=regions, **tags)
+
+
+SPECTRUM = region(5.0, 0.01, units=(4, 7))
+"""Doppler: seconds across, centimetres a second down."""
+
+
+@pytest.mark.parametrize("regions", [[region(0.2, 0.1)], [SPECTRUM, region(-0.2, 0.1)], [region(0.2, 0.1)] * 2])
+@pytest.mark.parametrize("tags", [{}, {"PixelAspectRatio": [1, 1]}])
+def test_a_disc_of_an_ultrasound_picture_is_round_by_the_spacing_of_its_regions(regions, tags):
+    grey, picture = shown(ultrasound(regions, **tags), allow_burned_in=False)
+    assert picture.squared and grey.shape == (64, 64)
+    height, width = height_and_width(grey)
+    assert abs(height - width) <= 4
+
+
+@pytest.mark.parametrize(
+    "regions", [[], [SPECTRUM], [region(0.2, 0.1, units=(0, 0))], [region(0.0, 0.1)], [region(0.1, 0.1)]]
+)
+def test_regions_that_say_nothing_of_the_body_or_that_it_is_square_change_no_pixel(regions):
+    grey, picture = shown(ultrasound(regions))
+    assert not picture.squared and grey.shape == (32, 64)
+
+
+def test_views_of_different_proportions_in_one_picture_are_refused():
+    with pytest.raises(PictureError, match="regions-of-different-proportions"):
+        decode(ultrasound([region(0.2, 0.1), region(0.1, 0.1)]))
+
+
+def test_a_disc_of_a_slide_with_oblong_pixels_is_round(tmp_path):
+    """1 um down, 0.5 um across: tiles of 256 um lie at every 256th row and 512th column."""
+    y, x = np.arange(600)[:, None] + 0.5, (np.arange(1200) + 0.5) / 2
+    inside = (y % 256 - 128) ** 2 + (x % 256 - 128) ** 2 < 120**2
+    pixels = np.where(inside[..., None], np.uint8([150, 60, 140]), np.uint8(244))
+    tifffile.imwrite(tmp_path / "slide.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None,
+                     resolution=(20_000, 10_000), resolutionunit="CENTIMETER")  # fmt: skip
+    tiles = decode_slide(tmp_path / "slide.tif", DecodeOptions(tiles="all", tile_px=256, um_per_px=1.0))
+    assert len(tiles) == 4
+    for tile in tiles:
+        grey = np.asarray(Image.open(io.BytesIO(tile.picture.encoded)).convert("L"))
+        assert tile.squared and grey.shape == (256, 256)
+        assert height_and_width(255 - grey) == (240, 240)
+    with pytest.raises(PictureError, match="slide-too-coarse"):  # by its coarser axis
+        decode_slide(tmp_path / "slide.tif", DecodeOptions(um_per_px=0.75))
 
 
 @pytest.mark.parametrize(("zooms", "shape"), [((2, 1, 6), (64, 64)), ((1, 2, 6), (64, 64)), ((2, 6, 1), (64, 64))])

@@ -14,8 +14,7 @@ from pydicom.data import get_testdata_file
 
 from megatron_medgpt.data.picture import PictureError
 from megatron_medgpt.data.text import IMAGE_MARK, Turn
-from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide
-from megatron_medgpt.ingest.decode import slide as slides
+from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide, slide_tiles
 from megatron_medgpt.ingest.decode import volume as volumes
 from megatron_medgpt.ingest.dicom_tree import files_by_uid
 from megatron_medgpt.ingest.sample import repeat_marks
@@ -115,6 +114,13 @@ def test_slices_are_cut_across_the_thickest_voxels_and_scaled_by_the_header():
     assert abs(grey.astype(float) - np.clip((plane - low) / (high - low), 0, 1) * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_slice_of_a_volume_is_no_copy_of_the_volume(axis):
+    """np.take would copy all of it for each slice: more than 50 s for 400 MiB, now 4."""
+    voxels = np.asfortranarray(volume())
+    assert np.shares_memory(voxels, volumes._upright(voxels, axis, 3))
+
+
 def test_of_a_time_series_the_first_volume_and_of_colours_the_colours():
     moving = np.stack([volume(), volume() * 0], axis=-1)
     np.testing.assert_array_equal(greys(decode(nifti(moving)))[0], greys(decode(nifti(volume())))[0])
@@ -189,7 +195,7 @@ def test_slides_that_cannot_give_such_tiles_are_refused_for_a_reason(tmp_path):
 def test_otsu_divides_two_heaps_between_them():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(40, 5, 900), rng.normal(160, 9, 300)]).astype(np.uint8)
-    assert 50 < slides._otsu(values) < 140
+    assert 50 < slide_tiles._otsu(values) < 140
 
 
 def test_a_mark_is_repeated_for_every_picture_that_its_file_became():

@@ -96,9 +96,7 @@ class LayoutForward:
         most = max(map(len, caches))
 
         def step(model: torch.nn.Module, number: int) -> Tensor:
-            # 1.2 times as fast as no_grad alone. Not around the schedule: the engine keeps tensors that it makes there.
-            with torch.inference_mode():
-                out = model(batches[number], want="next", cache=caches[number])
+            out = model(batches[number], want="next", cache=caches[number])
             return F.pad(out, (0, most - out.shape[0])) if out.dtype == torch.int64 else out
 
         found = self._on_all_stages(self._run(batches, step), (len(batches), most), torch.int64)

@@ -23,6 +23,7 @@ def lies_whole(config: Any) -> bool:
     return config.tensor_model_parallel_size == 1 and config.expert_model_parallel_size == 1
 
 
+@torch.inference_mode()  # faster than no_grad; never around the engine, whose buffers would be unfit for training
 def continue_whole(decoder: Any, hidden_SBH: Tensor | None, rows: RowInfo) -> Tensor:
     """Hidden states of newest tokens after the layers of a chunk, (S, 1, H), without gradients.
 

@@ -22,6 +22,11 @@ from tests.small_data import picture, small_tokenizer
 pytestmark = pytest.mark.timeout(120)
 
 
+def _as_in_a_terminal() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and everything below inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(
     arguments: list[str], number: int, *, when: Callable[[], bool], folder: Path
 ) -> tuple[int, list[str], float]:
@@ -29,8 +34,9 @@ def stopped(
     its whole process group."""
     command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
     process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_as_in_a_terminal,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not when():

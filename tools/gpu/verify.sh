@@ -71,7 +71,7 @@ case ",$only," in *,tests,*|*,train,*)
     || { echo "verify.sh: $python has no pytest; carry its wheels with --wheels DIR (see tools/gpu/README.md)" >&2; exit 2; } ;;
 esac
 deadline=""
-"$python" -c 'import pytest_timeout' 2>/dev/null && deadline="--timeout 200"
+"$python" -c 'import pytest_timeout' 2>/dev/null && deadline="--timeout=200"
 # With the sum of what is checked: a tree that is not committed, or a copy without .git, is another one.
 sum=$(find kernels megatron_medgpt tests/kernels tools/gpu -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)+$sum${rehearse:+-rehearsal}
@@ -139,7 +139,7 @@ files_of_tests() {
   local name workers=$(( ($(nproc) + 1) / 2 ))
   for name in $tests; do
     run "tests-$name" 300 "$python" -m pytest -p no:cacheprovider "tests/kernels/test_$name.py" -q -x --durations 5 \
-      $deadline --junitxml "$state/tests-$name.xml" &
+      ${deadline:+"$deadline"} --junitxml "$state/tests-$name.xml" &
     while [ "$(jobs -rp | wc -l)" -ge "$workers" ]; do wait -n; done
   done
   wait

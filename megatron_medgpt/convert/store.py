@@ -49,7 +49,8 @@ _FORMAT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
     "common_backend_version": 1,
 }  # fmt: skip
-"""What megatron-core's ``CheckpointingConfig("torch_dist", 1)`` writes; to import it takes two seconds."""
+"""``CheckpointingConfig("torch_dist", 1)`` as megatron-core 0.16 writes and 0.19 reads it. To import it would take
+two seconds."""
 
 
 class _HashedFile(io.RawIOBase):

@@ -298,7 +298,8 @@ def test_an_altered_checkpoint_is_not_exported(tokenizer, tmp_path):
 
 def test_an_imported_checkpoint_names_the_format_that_megatron_core_writes(checkpoint, tmp_path):
     save_config(CheckpointingConfig("torch_dist", 1), str(tmp_path))
-    assert json.loads((checkpoint / "metadata.json").read_bytes()) == read_json(tmp_path / "metadata.json")
+    ours = json.loads((checkpoint / "metadata.json").read_bytes())
+    assert read_json(tmp_path / "metadata.json").items() <= ours.items()  # 0.19 has dropped two, and passes over them
     assert maybe_load_config(str(checkpoint)) == CheckpointingConfig("torch_dist", 1)
 
 

@@ -62,7 +62,8 @@ test-newest: setup-newest
 	@$(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/parallel tests/parity tests/flow \
 	  --ignore tests/unit/ingest --ignore tests/unit/data --ignore tests/unit/observe \
 	  --ignore tests/flow/test_slurm.py --ignore tests/flow/test_slurm_bad_nodes.py \
-	  --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py
+	  --ignore tests/flow/test_slurm_launchers.py --ignore tests/flow/test_two_hosts.py \
+	  --ignore tests/flow/test_curriculum_example.py
 
 # A real two-node Slurm on this host (Debian: apt install slurm-wlm munge, as root), and two hosts in network namespaces.
 slurm-test: setup

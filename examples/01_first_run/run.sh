@@ -3,7 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-work/first}
-PATH="$here/../../.venv/bin:$PATH"
+command -v medgpt > /dev/null || PATH="$here/../../.venv/bin:$PATH"
 
 medgpt phantoms --out "$out/phantoms" --images 200 --questions 32
 python "$here/../../tools/data/train_tokenizer.py" --out "$out/tokenizer" --vocab-size 512 \

@@ -3,7 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-work/public}
-PATH="$here/../../.venv/bin:$PATH"
+command -v medgpt > /dev/null || PATH="$here/../../.venv/bin:$PATH"
 
 medgpt phantoms --out "$out/phantoms" --images 60 --questions 8
 python "$here/../../tools/data/train_tokenizer.py" --out "$out/tokenizer" --vocab-size 512 \

@@ -3,7 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-work/inputs}
-PATH="$here/../../.venv/bin:$PATH"
+command -v medgpt > /dev/null || PATH="$here/../../.venv/bin:$PATH"
 inputs=("${@:2}")
 [ ${#inputs[@]} -gt 0 ] ||
   inputs=(llava messages roco vqa_rad pmc_vqa slake omnimedvqa webdataset energon pairs dicom series nifti

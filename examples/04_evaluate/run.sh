@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-work/evaluate}
 demo=${2:-$out/demo}
-PATH="$here/../../.venv/bin:$PATH"
+command -v medgpt > /dev/null || PATH="$here/../../.venv/bin:$PATH"
 questions=$demo/phantoms/test
 [[ -e $demo/summary.json ]] || medgpt demo --quick --out "$demo"
 

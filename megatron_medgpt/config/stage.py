@@ -162,6 +162,9 @@ class StageConfig:
     parallel: ParallelConfig | None = None
     """Layout of this stage; the run's layout when not given."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    exclude: str | None = None
+    """JSONL with a ``sample_id`` a line (``tools/data/audit_leakage.py`` writes one): those samples of ``data`` are
+    left out."""
     validation_data: tuple[BlendConfig, ...] = ()
     validation_interval: int = 0
     """Steps between validations; 0 turns them off."""

@@ -46,6 +46,7 @@ def open_stage(
     seed: int,
     reader: Reader = "auto",
     drop_over_long: bool = False,
+    excluded: frozenset[str] = frozenset(),
     cache_bytes: int = 1 << 29,
     rows_per_step: int = 1,
     augment: AugmentConfig | None = None,
@@ -57,6 +58,7 @@ def open_stage(
     Args:
         image: what the encoder wants; None for stages without images.
         drop_over_long: leave out samples that do not fit a row (counted in ``num_over_long``) rather than refuse them.
+        excluded: ids of samples to leave out (counted in ``num_excluded``).
         cache_bytes: memory for ready 8-bit images of this process.
         rows_per_step: rows of an optimizer step. Within each step they are put in order of their images, so that the
             rows that data-parallel ranks work on at one time hold about the same number.
@@ -72,8 +74,8 @@ def open_stage(
     datasets = [Dataset(entry.path, tokenizer_fingerprint=tokenizer_fingerprint) for entry in blend]
     return StageData(
         datasets, [entry.weight for entry in blend], image=image, sequence_length=sequence_length, seed=seed,
-        reader=reader, drop_over_long=drop_over_long, cache_bytes=cache_bytes, rows_per_step=rows_per_step,
-        augment=augment, plans_folder=plans_folder, device=device,
+        reader=reader, drop_over_long=drop_over_long, excluded=excluded, cache_bytes=cache_bytes,
+        rows_per_step=rows_per_step, augment=augment, plans_folder=plans_folder, device=device,
     )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ class StageData:
         seed: int,
         reader: Reader,
         drop_over_long: bool,
+        excluded: frozenset[str],
         cache_bytes: int,
         rows_per_step: int,
         augment: AugmentConfig | None,
@@ -114,7 +117,7 @@ class StageData:
         self._members = [
             Member(fingerprint=d.fingerprint, num_samples=len(d), weight=w) for d, w in zip(datasets, weights)
         ]
-        self._drop_over_long = drop_over_long
+        self._drop_over_long, self._excluded = drop_over_long, excluded
         self.plan_hash = self._hash()
         self._plans = EpochPlans(self._make_plan, self.plan_hash, plans_folder)
         self._step_orders: dict[int, np.ndarray] = {}
@@ -123,7 +126,10 @@ class StageData:
         self.num_rows_per_epoch = self._plans[0].num_rows
         """Rows of epoch 0; every epoch has as many when the weights are whole numbers."""
         if self.num_rows_per_epoch == 0:
-            raise UsageError("no sample is left for this stage; raise the weights of its data or sequence_length")
+            others = " or leave fewer samples out (exclude)" if excluded else ""
+            raise UsageError(
+                f"no sample is left for this stage; raise the weights of its data or sequence_length{others}"
+            )
         self.pixels = PixelSource(image, reader, cache_bytes, device) if image else None
 
     def _check_images(self, image: ImageSpec | None) -> None:
@@ -144,9 +150,26 @@ class StageData:
         return np.concatenate([d.token_lengths + d.num_images * more for d in self._datasets])
 
     @cached_property
+    def _left_out(self) -> np.ndarray:
+        """int64: samples of the blend that ``excluded`` lists, ascending. Only making a plan asks for it."""
+        if not self._excluded:
+            return np.empty(0, np.int64)
+        found = [
+            first + dataset.numbers_of(self._excluded) for first, dataset in zip(self._firsts.tolist(), self._datasets)
+        ]
+        return np.concatenate(found)
+
+    @property
+    def num_excluded(self) -> int:
+        """Samples that are left out because ``excluded`` lists them."""
+        return int(self._left_out.size)
+
+    @cached_property
     def num_over_long(self) -> int:
-        """Samples that do not fit a row and are left out."""
-        return int((self._lengths > self.sequence_length).sum())
+        """Samples that do not fit a row and are left out (but for those that are left out anyway)."""
+        over_long = self._lengths > self.sequence_length
+        over_long[self._left_out] = False
+        return int(over_long.sum())
 
     def _check_lengths(self) -> None:
         if not self.num_over_long:
@@ -169,12 +192,20 @@ class StageData:
             facts["rows_per_step"] = self.rows_per_step
         if self.augment is not None:
             facts["augment"] = asdict(self.augment)
+        if self._excluded:
+            facts["excluded"] = hashlib.sha256("\n".join(sorted(self._excluded)).encode()).hexdigest()
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _make_plan(self, epoch: int) -> EpochPlan:
         if epoch == 0:
             self._check_lengths()
+            if self._excluded:
+                log.info("%d of %d samples are listed in exclude and left out", self.num_excluded, self._lengths.size)
         drawn = draw_epoch(self._members, self.seed, epoch)
+        if self.num_excluded:
+            kept = np.ones(self._lengths.size, bool)
+            kept[self._left_out] = False
+            drawn = drawn[kept[drawn]]
         if self.num_over_long:
             drawn = drawn[self._lengths[drawn] <= self.sequence_length]
         images = np.concatenate([dataset.num_images for dataset in self._datasets])
@@ -285,6 +316,7 @@ class StageData:
             "datasets": [Path(d.folder).name for d in self._datasets], "samples_per_epoch": int(plan.samples.size),
             "rows_per_epoch": plan.num_rows, "positions_per_epoch": used,
             "packing_efficiency": used / (plan.num_rows * self.sequence_length), "over_long": self.num_over_long,
+            "excluded": self.num_excluded,
         }  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.data.exclude import read_excluded
 from megatron_medgpt.data.manifest import MANIFEST, SCHEMA, STORE_KINDS, Store, shard_name, write_json
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.complete import complete, in_words
 from megatron_medgpt.ingest.decode import DecodeOptions
-from megatron_medgpt.ingest.exclude import read_excluded
 from megatron_medgpt.ingest.identity import SUSPICIOUS_TEXT, load_key, masked
 from megatron_medgpt.ingest.parts import Part, leave_note, shards_of_parts
 from megatron_medgpt.ingest.progress import Progress, expected_records

@@ -16,9 +16,8 @@ from megatron_medgpt.config.errors import WorkError
 from megatron_medgpt.data.manifest import REJECTS, TOKENIZER, Manifest, write_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.datasheet import write_datasheet
-from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.sources import Source
-from megatron_medgpt.ingest.write import Finished, Settings, remove_notes
+from megatron_medgpt.ingest.write import EXCLUDED, Finished, Settings, remove_notes
 
 _REASONS_SHOWN = 8
 

@@ -25,7 +25,6 @@ from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
 from megatron_medgpt.data.shard_writer import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
-from megatron_medgpt.ingest.exclude import EXCLUDED
 from megatron_medgpt.ingest.identity import masked, plain_licence
 from megatron_medgpt.ingest.interrupts import deaf_to_interrupts
 from megatron_medgpt.ingest.parts import Part
@@ -35,6 +34,8 @@ from megatron_medgpt.ingest.sources import Record, RecordError
 from megatron_medgpt.ingest.sources.place import Place, read_image
 
 _FORGOTTEN = Picture(b"", 0, 0)
+EXCLUDED = "listed-in-exclude"
+"""Reason of the rejects that ``--exclude`` lists. They were wanted, so they do not count towards the reject rate."""
 SUSPICIOUS = "texts with a "
 """How notes of texts that look identifying begin."""
 

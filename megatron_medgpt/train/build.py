@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_medgpt.config.schema import BlendConfig, RunConfig, StageConfig
+from megatron_medgpt.data.exclude import read_excluded
 from megatron_medgpt.data.loader import StageData, open_stage
 from megatron_medgpt.data.prefetch import Prefetcher
 from megatron_medgpt.data.text import Tokenizer
@@ -162,6 +163,7 @@ def open_data(
         seed=config.seed,
         reader=config.image_reader,
         rows_per_step=stage.global_batch_rows if learns else 1,
+        excluded=read_excluded(stage.exclude, field=f"stages.{stage.name}.exclude=") if learns else frozenset(),
         augment=stage.augment if learns else None,
         plans_folder=Path(config.out) / "plans",
         device=device,

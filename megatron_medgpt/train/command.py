@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_medgpt.config.errors import MedgptError, UsageError, in_one_line
 from megatron_medgpt.config.load import load_run, override_run, to_yaml
 from megatron_medgpt.config.schema import RunConfig, StageConfig
+from megatron_medgpt.data.exclude import read_excluded
 from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.scorers import check_protocol
@@ -70,6 +71,7 @@ def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
     for stage in config.stages:
         for blend in (*stage.data, *stage.validation_data):
             _check_dataset(stage.name, Path(blend.path), words, config)
+        read_excluded(stage.exclude, field=f"stages.{stage.name}.exclude=")
         _check_questions(stage)
     start_from = config.checkpoint.start_from
     if start_from is not None and not (Path(start_from) / "manifest.json").is_file():

@@ -93,9 +93,10 @@ def _data_table(
     per_epoch = data["rows_per_epoch"]
     mix = ", ".join(f"{name} x{blend.weight:g}" for name, blend in zip(data["datasets"], stage.data))
     frozen = ", ".join(stage.frozen) or "nothing"
+    left_out = f"; {data['excluded']:,} samples left out by {stage.exclude}" if stage.exclude else ""
     for name, value in (
         ("data", f"{mix}: {data['samples_per_epoch']:,} samples in {per_epoch:,} rows an epoch, "
-                 f"{data['packing_efficiency']:.1%} of the positions filled"),
+                 f"{data['packing_efficiency']:.1%} of the positions filled" + left_out),
         ("step", f"{rows} rows x {stage.sequence_length:,} = {positions:,} positions, {tokens:,} used"),
         ("stage", f"{stage.num_steps:,} steps, {stage.num_steps * rows / per_epoch:.2f} epochs; frozen: {frozen}"),
         ("one step here", f"{seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; "

@@ -143,7 +143,7 @@ def _check_same_data(parts: Parts, newest: Path, facts: CheckpointFacts) -> None
     if facts.plan_hash != parts.data.plan_hash:
         raise UsageError(
             f"{newest}: the data plan of stage {parts.stage.name} has changed (datasets, weights, seed, "
-            "sequence_length or augment); resume with what it began with, or set another run folder (out=...)"
+            "sequence_length, augment or exclude); resume with what it began with, or set another run folder (out=...)"
         )
 
 

@@ -44,6 +44,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
         (["stages.align.data.0.path=nowhere"], 1, "nowhere is not a dataset folder"),
         (["tokenizer=nowhere"], 1, "no tokenizer.json"),
         (["checkpoint.start_from=nowhere"], 1, "no whole checkpoint"),
+        (["stages.align.exclude=nowhere.jsonl"], 1, "stages.align.exclude=nowhere.jsonl cannot be read: No such file"),
         (["stages.align.questions=nowhere"], 1, "no such folder"),
         (["stages.align.questions=data"], 1, "stages.align.questions=data: "),
         (["out=run.yaml/run"], 1, "run.yaml is a file; name a folder"),

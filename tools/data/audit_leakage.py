@@ -4,8 +4,9 @@
         --out runs/a/leakage
 
 Writes leakage.json (`medgpt report runs/a` shows it, with the pictures side by side and the accuracy without the
-questions concerned) and exclude.jsonl (`medgpt ingest ... --exclude runs/a/leakage/exclude.jsonl` leaves those samples
-out). Needs ImageHash: pip install 'megatron-medgpt[leakage]'.
+questions concerned) and exclude.jsonl: `medgpt train ... stages.align.exclude=runs/a/leakage/exclude.jsonl` leaves
+those samples out of a stage, `medgpt ingest ... --exclude` out of a dataset. Needs ImageHash:
+pip install 'megatron-medgpt[leakage]'.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The audit: training datasets against evaluation sets, pictures and texts, with lists that ingest and report use.
 
 ``leakage.json`` holds the counts, the questions concerned and pairs of pictures to look at (``observe.report`` shows
-them); ``exclude.jsonl`` one line per training sample to leave out (``medgpt ingest --exclude``).
+them); ``exclude.jsonl`` one line per training sample to leave out (``stages.*.exclude``).
 """
 
 from __future__ import annotations

@@ -174,6 +174,38 @@ def test_samples_that_do_not_fit_are_refused_with_their_count_or_left_out_by_cho
     assert len(stage.sample_ids(0, stage.num_rows_per_epoch)) == 40 - too_long
 
 
+def test_samples_that_are_listed_are_left_out_of_every_epoch_and_the_others_are_not(write_dataset):
+    folders = [write_dataset(), write_dataset("second", num_samples=20, first_id=64)]
+    ids = [Dataset(folder).sample_id(number) for folder, number in zip(folders, (3, 7))]
+    listed = frozenset({*ids, "f" * 32})  # the last is of another stage's data
+    stage = stage_of(*folders, excluded=listed)
+    everything = stage_of(*folders)
+    assert stage.num_excluded == stage.describe()["excluded"] == 2
+    assert stage.plan_hash != everything.plan_hash
+    assert stage_of(*folders, excluded=frozenset(ids)).plan_hash != stage.plan_hash
+    rows = stage.num_rows_per_epoch
+    for epoch in range(2):
+        shown = stage.sample_ids(epoch * rows, rows)
+        assert sorted(shown + ids) == sorted(everything.sample_ids(0, everything.num_rows_per_epoch))
+    resumed = stage_of(*folders, excluded=listed)
+    assert resumed.plan_hash == stage.plan_hash
+    assert same(resumed.take(rows + 1, 2), stage.take(rows + 1, 2))
+
+
+def test_an_over_long_sample_that_is_listed_is_no_obstacle_and_an_empty_stage_is_refused(write_dataset):
+    folder = write_dataset()
+    dataset = Dataset(folder)
+    lengths = dataset.token_lengths + dataset.num_images * (SPEC.num_tokens - 1)
+    longest = int(lengths.argmax())
+    fits = int(np.delete(lengths, longest).max())
+    over_long = frozenset(dataset.sample_id(n) for n in range(len(dataset)) if lengths[n] > fits)
+    with pytest.raises(UsageError, match="do not fit"):
+        stage_of(folder, sequence_length=fits)
+    assert stage_of(folder, sequence_length=fits, excluded=over_long).num_over_long == 0
+    with pytest.raises(UsageError, match=r"leave fewer samples out \(exclude\)"):
+        stage_of(folder, excluded=frozenset(dataset.sample_id(n) for n in range(len(dataset))))
+
+
 def test_marks_that_do_not_match_the_images_stop_the_batch():
     shape = RowShape(sequence_length=16, image_mark_id=9, pad_id=0, tokens_per_image=4)
     document = Document(np.array([1, 9, 2]), np.array([2, 3]), image_keys=())

@@ -1,4 +1,4 @@
-"""Samples to leave out, by id: what a leakage audit has found of an earlier dataset made with the same key."""
+"""Samples to leave out, by id: what a leakage audit lists, for ``medgpt ingest --exclude`` and ``stages.*.exclude``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_medgpt.config.errors import UsageError
 
-EXCLUDED = "listed-in-exclude"
-"""Reason of their rejects. They were wanted, so they do not count towards the reject rate."""
 
-
-def read_excluded(path: str | Path | None) -> frozenset[str]:
+def read_excluded(path: str | Path | None, *, field: str = "--exclude ") -> frozenset[str]:
     """Sample ids of a JSONL file with a ``sample_id`` a line; none without a file.
+
+    Args:
+        field: option or field that names the file, as an error says it.
 
     Raises:
         UsageError: missing, or a line without a ``sample_id``; names it.
@@ -21,12 +21,14 @@ def read_excluded(path: str | Path | None) -> frozenset[str]:
         return frozenset()
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--exclude {path} cannot be read ({error})") from None
+    except OSError as error:
+        raise UsageError(f"{field}{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{field}{path} is not UTF-8 text") from None
     found = set()
     for number, line in enumerate(lines, 1):
         try:
             found.add(str(json.loads(line)["sample_id"]))
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f'--exclude {path} line {number}: expected {{"sample_id": ...}}') from None
+            raise UsageError(f'{field}{path} line {number}: expected {{"sample_id": ...}}') from None
     return frozenset(found)

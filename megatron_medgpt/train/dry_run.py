@@ -93,7 +93,7 @@ def _data_table(
     per_epoch = data["rows_per_epoch"]
     mix = ", ".join(f"{name} x{blend.weight:g}" for name, blend in zip(data["datasets"], stage.data))
     frozen = ", ".join(stage.frozen) or "nothing"
-    left_out = f"; {data['excluded']:,} samples left out by {stage.exclude}" if stage.exclude else ""
+    left_out = f"; {stage.exclude} leaves out {data['excluded']:,}" if stage.exclude else ""
     for name, value in (
         ("data", f"{mix}: {data['samples_per_epoch']:,} samples in {per_epoch:,} rows an epoch, "
                  f"{data['packing_efficiency']:.1%} of the positions filled" + left_out),

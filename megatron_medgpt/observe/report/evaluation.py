@@ -219,8 +219,9 @@ def _published(result: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     own = {"model": name, "accuracy": result["accuracy"], "source": "this run", "own": True}
     entries = sorted([*known["entries"], own], key=lambda entry: -entry["accuracy"])
     whole = known.get("questions")
-    caution = (
-        f"They were measured on {whole:,} questions, this run on {result['n']:,}: not the same measurement."
-        if whole is not None and whole != result["n"] else ""
-    )  # fmt: skip
+    caution = ""
+    if whole is None:
+        caution = f"On how many questions is not stated there; this run was asked {result['n']:,}."
+    elif whole != result["n"]:
+        caution = f"They were measured on {whole:,} questions, this run on {result['n']:,}: not the same measurement."
     return {"note": known["note"], "entries": entries, "caution": caution}

@@ -176,6 +176,7 @@ def test_published_figures_stand_only_beside_their_task_and_protocol(run):
     (run / "eval" / "a.json").write_text(json.dumps(evaluation("omnimedvqa", "official-qa")))
     assert "Lingshu" not in page_of(run)[1]
     assert "50.2%" in page_of(run)[1]
+    assert "On how many questions is not stated there; this run was asked 4." in page_of(run)[1]
     whole = evaluation("omnimedvqa", "letter")
     (run / "eval" / "a.json").write_text(json.dumps(whole))
     assert "this run on 4: not the same measurement" in page_of(run)[1]

@@ -8,6 +8,10 @@ DALI's own resize is up to 30 levels (mean 3.4) from the exported processor's on
 rounds to 8 bits between its two passes, and leaves out taps beyond the border where DALI repeats the last pixel. On the
 CPU torch resizes (``data.resize``: nearer, and faster). Where the pixels are to stay on the GPU, ``_near_pillow`` does
 both things with DALI's operators: at most 2 levels, mean 0.05.
+
+On a GPU every JPEG goes to nvJPEG's CUDA decoder. Left to itself DALI gives a share of each batch to the GPU's JPEG
+engines, whose pixels need not be the same: a picture would depend on what it is decoded with, and a resumed run would
+not be the run it continues.
 """
 
 from __future__ import annotations
@@ -58,8 +62,9 @@ class DaliDecoder:
         def decode():
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             image = fn.decoders.image(
-                encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True, use_fast_idct=False
-            )
+                encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True, use_fast_idct=False,
+                hw_decoder_load=0.0,
+            )  # fmt: skip
             number = fn.external_source(name="number", dtype=types.INT64, ndim=0)
             if not in_dali:
                 return image, number

@@ -11,7 +11,17 @@ import shutil
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "megatron-core", "transformer-engine", "liger-kernel", "pytest", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "megatron-core",
+    "transformer-engine",
+    "liger-kernel",
+    "nvidia-dali-cuda130",
+    "pytest",
+    "numpy",
+)
 
 
 def version(name: str) -> str | None:

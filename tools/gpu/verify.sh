@@ -9,7 +9,7 @@
 #   --wheels DIR   wheels to lay beside this Python, for machines without network: pytest and what it needs, and
 #                  megatron-core and what it needs for the training step (README.md)
 #   --minutes M    time for everything, 9 by default; what no longer fits is reported as not run
-#   --only a,b     only these steps: machine build tests bench sanitize train
+#   --only a,b     only these steps: machine build tests bench sanitize train decode
 #   --again        forget what is done
 #   --rehearse     the same steps at toy size in Triton's interpreter, on a machine without a GPU: shows that the script
 #                  runs, and nothing about a GPU
@@ -19,7 +19,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
-out=${OUT:-gpu-verify} before="" wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train" again="" rehearse=""
+out=${OUT:-gpu-verify} before="" wheels="" minutes=9 only="machine,build,tests,bench,sanitize,train,decode" again="" rehearse=""
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift 2 ;;
@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for name in ${only//,/ }; do
-  case $name in machine|build|tests|bench|sanitize|train) ;; *) echo "verify.sh: --only $name; steps are machine, build, tests, bench, sanitize, train" >&2; exit 2 ;; esac
+  case $name in machine|build|tests|bench|sanitize|train|decode) ;; *) echo "verify.sh: --only $name; steps are machine, build, tests, bench, sanitize, train, decode" >&2; exit 2 ;; esac
 done
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
@@ -127,7 +127,7 @@ import json, pathlib, sys
 state, out = map(pathlib.Path, sys.argv[1:])
 steps = [json.loads(path.read_text()) for path in sorted(state.glob("*.step"))]
 summary = {"steps": steps, "passed": all(s["status"] != "failed" for s in steps)}
-for name, folder in (("machine", state), ("bench", out)):
+for name, folder in (("machine", state), ("decoders", state), ("bench", out)):
     if (folder / f"{name}.json").exists():
         summary[name] = json.loads((folder / f"{name}.json").read_text())
 (out / "verify.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -200,6 +200,7 @@ if wanted bench; then
 fi
 step sanitize 120 bash tools/gpu/sanitize.sh "$python"
 step train 180 bash tools/gpu/train_small.sh "$python" "$state"
+step decode 90 "$python" tools/gpu/decoders.py --out "$state/decoders.json" ${rehearse:+--rehearse}
 
 summary
 "$python" - "$out" <<'PY'

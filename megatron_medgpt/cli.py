@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -59,14 +60,17 @@ def _root(
 
 
 @app.command(rich_help_panel=BEGIN)
-def doctor(json: Json = False) -> None:
+def doctor(
+    json: Json = False,
+    run: Annotated[Path | None, typer.Option(help="Also say how the run of this folder stands.")] = None,
+) -> None:
     """What this machine has, what will be used, what is missing and how to get it.
 
     Example: `medgpt doctor`
     """
     from megatron_medgpt.observe.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(json=json))
+    raise typer.Exit(run_doctor(json=json, run=run))
 
 
 app.command(rich_help_panel=BEGIN)(demo)

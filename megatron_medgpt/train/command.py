@@ -16,10 +16,10 @@ from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.scorers import check_protocol
 from megatron_medgpt.evaluate.tasks import TASKS, load_task
+from megatron_medgpt.observe.marker import NAME, Status, read_state, read_status, write_marker
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
-from megatron_medgpt.train.marker import NAME, Status, read_status, write_marker
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ def run_train(run: str, overrides: Sequence[str], *, num_ranks: int = 1, dry_run
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks}: must be at least 1")
     config = find_run(run, overrides)
+    if not dry_run:
+        _refuse_second(Path(config.out))  # in a rank: before all have met, so that none of its own has written yet
     if not launched():
         check_before_start(config, num_ranks)
         if num_ranks > 1:
@@ -100,6 +102,24 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"out={out}: no permission to write in {there}; name another folder")
 
 
+def _refuse_second(out: Path) -> None:
+    """Refuse a run folder in which a run goes on: both would write its metrics and checkpoints."""
+    state = read_state(out)
+    if state is not None and state.alive:
+        raise UsageError(f"out={out}: a run goes on there ({state.process}); let it end, stop it, or set another out=")
+
+
+def _say_what_was(out: Path) -> None:
+    """What the log should tell about the attempt before this one, which could not say it itself."""
+    state = read_state(out)
+    if state is None or state.status != "running":
+        return
+    if state.cut_off:
+        log.warning("the run here %s", state.describe())
+    else:
+        log.warning("%s is %s; if it still goes on, stop one of the two: both write there", out, state.describe())
+
+
 def _check_questions(stage: StageConfig) -> None:
     """Refuse a set of questions that the first validation, perhaps hours away, could not ask."""
     at = f"stages.{stage.name}"
@@ -155,6 +175,7 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
             out.mkdir(parents=True, exist_ok=True)
             (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
             keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
+            _say_what_was(out)
             write_marker(out, "running")
         end = run_stages(config, world)
         if world.is_first:

@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.observe.marker import RunState, read_state
 from megatron_medgpt.observe.report import charts, evaluation, gallery, leakage
 from megatron_medgpt.observe.report.curves import Metrics, read_metrics
 from megatron_medgpt.observe.report.datasets import datasets
@@ -33,9 +34,9 @@ CURVES = (
 def write_report(run_dir: Path | str) -> Path:
     """Write ``run_dir/report.html`` from what the run left there, and return its path.
 
-    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json`` with their galleries, ``summary.json``,
-    ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report``
-    where the run has TensorBoard.
+    Read, each if present: ``run.yaml``, ``state.json``, ``metrics.jsonl``, ``eval/*.json`` with their galleries,
+    ``summary.json``, ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report`` where the
+    run has TensorBoard.
 
     Raises:
         UsageError: not a folder, or none of these files is in it.
@@ -57,6 +58,7 @@ def write_report(run_dir: Path | str) -> Path:
         .get_template("page.html")
         .render(
             name=config.get("name") or run_dir.name,
+            state=_state(read_state(run_dir)),
             tiles=_tiles(metrics, results, summary),
             stages=_stages(config, metrics),
             curves=_curves(metrics),
@@ -102,6 +104,14 @@ def _environment() -> jinja2.Environment:
     environment.filters["percent"] = lambda value, places=1: "–" if value is None else f"{value:.{places}%}"
     environment.filters["thousands"] = lambda value: f"{value:,}"
     return environment
+
+
+def _state(state: RunState | None) -> dict[str, Any] | None:
+    """How a run stands that has not come to its end; ``trouble`` where somebody has to look."""
+    if state is None or state.status == "done":
+        return None
+    trouble = state.cut_off or state.status in ("failed", "crashed")
+    return {"said": state.describe(), "trouble": trouble}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, naming
 from megatron_medgpt.evaluate.tasks.table import read_text
 
 
@@ -83,9 +83,10 @@ class AnswerFile:
         self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, predictions: Iterable[Prediction]) -> None:
-        for prediction in predictions:
-            self._file.write(prediction.to_json() + "\n")
-        self._file.flush()
+        with naming(self.path):
+            for prediction in predictions:
+                self._file.write(prediction.to_json() + "\n")
+            self._file.flush()
 
     def __enter__(self) -> AnswerFile:
         return self

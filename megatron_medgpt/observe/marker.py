@@ -4,8 +4,8 @@ Exit codes cannot tell: torchrun returns 1 whether its ranks have saved and stop
 run that is ``stopped`` or ``crashed`` (an error that nobody expected, such as a lost peer), or ``running`` though its
 processes are gone; one that is ``done`` or ``failed`` they leave.
 
-A process that is killed, or whose machine loses power, writes nothing any more. ``running`` therefore names its process,
-and ``read_state`` looks whether it is still there.
+A process that is killed, or whose machine loses power, writes nothing any more. So ``running`` names its process, and
+``read_state`` looks whether it is still there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from megatron_medgpt.observe.metrics import METRICS_FILE
 from megatron_medgpt.observe.progress import duration
+from megatron_medgpt.observe.whole import write_whole
 
 NAME = "state.json"
 Status = Literal["running", "stopped", "done", "failed", "crashed"]
@@ -65,13 +66,11 @@ class RunState:
 def write_marker(out: Path, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
     """Replace the marker of a run folder in one move. ``running`` names this process."""
     out.mkdir(parents=True, exist_ok=True)
-    aside = out / f".{NAME}.{os.getpid()}"
     fields: dict[str, Any] = {"status": status, "step": step, "reason": reason}
     if status == "running":
         pid = os.getpid()
         fields |= {"host": socket.gethostname(), "process": pid, "began": _began(pid), "system": _system()}
-    aside.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n", encoding="utf-8")
-    os.replace(aside, out / NAME)
+    write_whole(out / NAME, json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n")
 
 
 def read_status(out: Path) -> str | None:

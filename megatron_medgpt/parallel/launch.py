@@ -83,7 +83,7 @@ def node_of_rank(rank: int, environment: Mapping[str, str]) -> str:
 
 
 def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """Run ``python -m megatron_medgpt.cli ARGUMENTS`` as ``num_ranks`` ranks and wait for all.
+    """Run ``python -m megatron_medgpt ARGUMENTS`` as ``num_ranks`` ranks and wait for all.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on once to every rank, which then save and stop at the same step. When a
     rank fails, the others get ``GRACE_S`` seconds, then their process groups are killed.
@@ -109,9 +109,14 @@ def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) 
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
-    # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg reaches its children.
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    command = [sys.executable, "-m", "megatron_medgpt", *arguments]
+    # Python's own start would end in a traceback at Ctrl-C: the rank hears it when it can say so (``__main__``).
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg its children.
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -66,6 +66,21 @@ def test_restarts_that_slurm_made_by_itself_are_counted_too(tmp_path):
     assert attempt.begin(tmp_path, 3, job="8")[0] == attempt.DONE, "sent anew"
 
 
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", attempt.GIVE_UP), ("PENDING", 0), ("", 0)])
+def test_a_second_job_is_not_begun_while_another_one_trains_in_the_folder(tmp_path, monkeypatch, state, code):
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$5" = 7 ] && echo {state}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert attempt.begin(tmp_path / "run", 3, job="7")[0] == attempt.DONE
+    (tmp_path / "run/state.json").write_text('{"status": "running"}')
+    found, reason = attempt.begin(tmp_path / "run", 3, job="8")
+    assert found == code
+    assert (tmp_path / "run/state.json").read_text() == (
+        '{"status": "running"}' if code else '{"status": "starting"}\n'
+    )
+    assert not code or f"job 7 trains in {tmp_path / 'run'}; scancel it first" in reason
+
+
 def test_a_job_that_may_not_be_requeued_starts_all_the_same(tmp_path):
     assert attempt.begin(tmp_path, 0, job="7")[0] == attempt.DONE
     (tmp_path / "state.json").write_text('{"status": "stopped"}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_medgpt.observe.report.curves import Metrics, read_metrics
 from megatron_medgpt.observe.report.datasets import datasets
 from megatron_medgpt.observe.report.events import write_events
 from megatron_medgpt.observe.report.files import read_json
+from megatron_medgpt.observe.whole import write_whole
 
 HERE = Path(__file__).parent
 CURVES = (
@@ -75,9 +75,7 @@ def write_report(run_dir: Path | str) -> Path:
         )
     )
     out = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, page)
     last_step = int(metrics.rows[-1]["step"]) if metrics.rows else 0
     write_events(run_dir, results, galleries[0]["cards"] if galleries else [], last_step)
     return out

@@ -109,7 +109,9 @@ def _state(state: RunState | None) -> dict[str, Any] | None:
     if state is None or state.status == "done":
         return None
     trouble = state.cut_off or state.status in ("failed", "crashed")
-    return {"said": state.describe(), "trouble": trouble}
+    goes_on = state.status in ("running", "starting") and not state.cut_off
+    subject = "When this page was written this run was" if goes_on else "This run"
+    return {"subject": subject, "said": state.describe(), "trouble": trouble}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

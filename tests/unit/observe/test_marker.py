@@ -103,9 +103,18 @@ def test_a_marker_of_before_that_names_no_process_is_of_an_unknown_one(tmp_path:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"status": "failed", "reason": "step 3: loss is not <finite>"}, "failed: step 3: loss is not &lt;finite&gt;."),
-        ({"status": "stopped", "step": 1200}, "stopped after step 1,200; the same command continues."),
-        ({"status": "running", "host": "n2", "process": 71}, "marked as running: process 71 on n2"),
+        (
+            {"status": "failed", "reason": "step 3: loss is not <finite>"},
+            "<strong>This run</strong> failed: step 3: loss is not &lt;finite&gt;.",
+        ),
+        (
+            {"status": "stopped", "step": 1200},
+            "<strong>This run</strong> stopped after step 1,200; the same command continues.",
+        ),
+        (
+            {"status": "running", "host": "n2", "process": 71},
+            "this run was</strong> marked as running: process 71 on n2",
+        ),
     ],
 )
 def test_the_report_says_on_top_how_a_run_stands_that_is_not_done(tmp_path: Path, fields: dict, says: str) -> None:
@@ -113,4 +122,4 @@ def test_the_report_says_on_top_how_a_run_stands_that_is_not_done(tmp_path: Path
     (tmp_path / NAME).write_text(json.dumps(fields))
     assert says in write_report(tmp_path).read_text(encoding="utf-8")
     write_marker(tmp_path, "done", step=9)
-    assert "When this page was written" not in write_report(tmp_path).read_text(encoding="utf-8")
+    assert "This run" not in write_report(tmp_path).read_text(encoding="utf-8")

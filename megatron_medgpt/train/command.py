@@ -50,12 +50,27 @@ def find_run(run: str, overrides: Sequence[str]) -> RunConfig:
     if run in RECIPES:
         return override_run(recipe(run), overrides)
     if run.endswith((".yaml", ".yml")) or os.path.exists(run):
-        return load_run(Path(run), overrides)
+        config = load_run(Path(run), overrides)
+        _refuse_moved(Path(run), config, overrides)
+        return config
     import difflib
 
     close = difflib.get_close_matches(run, RECIPES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(sorted(RECIPES))}"
     raise UsageError(f"{run!r} is neither a recipe nor a YAML file; {hint}")
+
+
+def _refuse_moved(file: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse to train elsewhere than in the run folder whose run.yaml was named: it was moved, copied, or named from
+    another folder than it was written in."""
+    folder = file.parent
+    if not (folder / NAME).is_file() or any(override.startswith("out=") for override in overrides):
+        return
+    if folder.resolve() != Path(config.out).resolve():
+        raise UsageError(
+            f"{file} lies in a run folder and says out={config.out}, which is another one; add out={folder} to "
+            f"continue the run that it lies in, or out={config.out}"
+        )
 
 
 def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:

@@ -279,6 +279,27 @@ def test_wrong_settings_are_one_line_that_names_them(tmp_path, capsys, changes, 
     assert error.count("\n") == 1
 
 
+def test_a_job_that_slurm_refuses_is_one_line_with_the_jobs_that_were_sent(tmp_path, capsys, monkeypatch):
+    script = (
+        "#!/bin/sh\ncase $* in *convert.sbatch*) echo 'error: no such' >&2; echo 'account' >&2; exit 1;; esac\necho 7\n"
+    )
+    (tmp_path / "sbatch").write_text(script)
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path))]) == 1
+    assert capsys.readouterr().err == (
+        "submit: failed: job convert: error: no such; account. Jobs before it are sent; to take them back: scancel 7 7\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "gone"))
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path))]) == 1
+    assert capsys.readouterr().err == "submit: failed: sbatch: No such file or directory\n"
+
+
+def test_settings_that_are_not_there_are_named_once(tmp_path, capsys):
+    assert submit.main(["train", "--settings", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err == f"submit: error: {tmp_path}/c.yaml: No such file or directory\n"
+
+
 def test_the_example_settings_are_complete(capsys, tmp_path):
     text = (SLURM / "settings.example.yaml").read_text().replace("/shared/you/medgpt", str(tmp_path))
     (tmp_path / "c.yaml").write_text(text)

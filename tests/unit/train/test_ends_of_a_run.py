@@ -88,5 +88,16 @@ def test_a_run_that_goes_on_is_not_joined_by_a_second_and_one_that_was_cut_off_i
     assert "warning: the run here ended without a word" in capfd.readouterr().err
 
 
+def test_a_run_folder_that_was_moved_is_not_taken_for_the_one_it_came_from(run: RunConfig, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    write_marker(moved, "stopped", step=3)
+    (moved / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"says out={run.out}, which is another one; add out={moved} to continue"):
+        command.find_run(str(moved / "run.yaml"), [])
+    assert command.find_run(str(moved / "run.yaml"), [f"out={moved}"]).out == str(moved)
+    (tmp_path / "copy.yaml").write_text(to_yaml(run), encoding="utf-8")
+    assert command.find_run(str(tmp_path / "copy.yaml"), []).out == run.out
+
+
 def _state(run: RunConfig) -> dict:
     return json.loads((Path(run.out) / "state.json").read_text())

@@ -249,7 +249,7 @@ def submit(jobs: list[Job], workspace: Path, *, dry_run: bool) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
-            sent = f". Jobs before it are sent; to take them back: scancel {' '.join(numbers)}" if numbers else ""
+            sent = f". Jobs before it are sent; take them back with scancel {' '.join(numbers)}" if numbers else ""
             raise NotSent(f"job {job.name}: {said}{sent}")
         numbers.append(done.stdout.strip().split(";")[0])
         print(f"{job.name}: job {numbers[-1]}" + (f" after {numbers[-2]}" if len(numbers) > 1 else ""))

@@ -133,6 +133,14 @@ def _identity(engine: Engine, questions: Sequence[Question], protocol: str, cont
     }  # fmt: skip
 
 
+def _other_than(path: Path, key: str, begun: Any, now: Any) -> str:
+    what = {"engine": "another model", "questions_sha256": "other questions (--data, --limit)"}.get(
+        key, f"another {key}"
+    )
+    values = "" if key == "questions_sha256" else f" ({begun}, now {now})"
+    return f"{path} was begun with {what}{values}; remove it or give another --out"
+
+
 def _begun(
     path: Path, identity: dict[str, Any], opened: ExitStack
 ) -> tuple[AnswerFile | None, dict[str, Prediction], str | None]:
@@ -145,14 +153,7 @@ def _begun(
             begun = json.loads(note.read_text(encoding="utf-8"))
             apart = [key for key in identity if begun.get(key) != identity[key]]
             if apart:
-                return (
-                    None,
-                    {},
-                    (
-                        f"{path} was begun with another {' and '.join(apart)} ({begun.get(apart[0])!r}, now "
-                        f"{identity[apart[0]]!r}); remove it or give another --out"
-                    ),
-                )
+                return None, {}, _other_than(path, apart[0], begun.get(apart[0]), identity[apart[0]])
         else:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")

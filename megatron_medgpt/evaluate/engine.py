@@ -20,6 +20,7 @@ from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.evaluate.documents import encoded_picture
+from megatron_medgpt.evaluate.folder_identity import folder_fingerprint
 from megatron_medgpt.evaluate.predictions import Prediction
 from megatron_medgpt.evaluate.scorers import GENERATIVE, prompt
 from megatron_medgpt.evaluate.tasks.question import Question
@@ -235,15 +236,12 @@ class HuggingFaceEngine:
         self.reasoning_effort = reasoning_effort
         if not (self.folder / "config.json").is_file():
             raise UsageError(f"--hf {folder}: no config.json there; give the folder that convert wrote")
+        self.description = f"transformers {self.folder.resolve().name}@{folder_fingerprint(self.folder)}"
         self._torch = torch
         self.processor = AutoProcessor.from_pretrained(self.folder)
         self.processor.tokenizer.padding_side = "left"
         check_effort(self.processor, folder, reasoning_effort)
         self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto").to(device).eval()
-
-    @property
-    def description(self) -> str:
-        return f"transformers {self.folder.name}"
 
     def settings(self, protocol: str) -> dict[str, Any]:
         return _settings(self.max_new_tokens, self.reasoning_effort)

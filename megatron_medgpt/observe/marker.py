@@ -73,6 +73,25 @@ def write_marker(out: Path, status: Status, *, step: int | None = None, reason: 
     write_whole(out / NAME, json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n")
 
 
+def marker_text(out: Path) -> str | None:
+    """The marker as it stands, for ``put_back``; None where there is none."""
+    try:
+        return (out / NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def put_back(out: Path, before: str | None) -> bool:
+    """After a command that was refused: say again what an attempt before it has left; whether there was one.
+
+    Not where a launcher only noted that it starts (``starting``): it wants to know how this attempt ended.
+    """
+    if before is None or _parsed(before).get("status") not in ("running", "stopped", "done", "failed", "crashed"):
+        return False
+    write_whole(out / NAME, before)
+    return True
+
+
 def read_status(out: Path) -> str | None:
     """What the marker says; None where there is none."""
     return _read(out).get("status")
@@ -97,9 +116,13 @@ def read_state(out: Path) -> RunState | None:
 
 
 def _read(out: Path) -> dict[str, Any]:
+    return _parsed(marker_text(out) or "")
+
+
+def _parsed(text: str) -> dict[str, Any]:
     try:
-        marker = json.loads((out / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = json.loads(text)
+    except ValueError:
         return {}
     return marker if isinstance(marker, dict) else {}
 

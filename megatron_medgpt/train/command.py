@@ -16,7 +16,16 @@ from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.scorers import check_protocol
 from megatron_medgpt.evaluate.tasks import TASKS, load_task
-from megatron_medgpt.observe.marker import NAME, Status, read_state, read_status, write_marker
+from megatron_medgpt.observe.marker import (
+    NAME,
+    Status,
+    marker_text,
+    put_back,
+    read_state,
+    read_status,
+    write_marker,
+)
+from megatron_medgpt.observe.whole import write_whole
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
@@ -173,6 +182,16 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_log(rank)
     set_threads(config)
+    out, begun = Path(config.out), False
+    before = marker_text(out)  # before all ranks have met, so that none of this command has written yet
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+        if world.is_first:
+            write_whole(out / "run.yaml", to_yaml(config))
+            keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
+
     world = groups.start()
     try:
         layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
@@ -186,20 +205,18 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
             run_dry(config, world)
             return 0
         if world.is_first:
-            out = Path(config.out)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-            keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
             _say_what_was(out)
             write_marker(out, "running")
-        end = run_stages(config, world)
+        end = run_stages(config, world, begun=begin)
         if world.is_first:
-            write_marker(Path(config.out), end.status, step=end.step)
+            write_marker(out, end.status, step=end.step)
             log.info("%s after step %d; checkpoint %s", end.status, end.step, end.checkpoint)
         return 0
     except BaseException as error:
-        if Path(config.out).is_dir() and not dry_run:
-            _note_end(Path(config.out), error)
+        if out.is_dir() and not dry_run:
+            refused = isinstance(error, UsageError) and not begun
+            if not (refused and put_back(out, before)):
+                _note_end(out, error)
         raise
     finally:
         groups.stop()

@@ -98,7 +98,7 @@ def test_answers_of_another_model_are_not_continued(folder, tmp_path):
     run_eval("phantoms", folder, out, engine=Reader(), protocol="letter", controls=())
     other = Reader()
     other.description = "another"
-    with pytest.raises(UsageError, match="another engine"):
+    with pytest.raises(UsageError, match=r"begun with another model \(reader, now another\); remove it"):
         run_eval("phantoms", folder, out, engine=other, protocol="letter", controls=())
 
 

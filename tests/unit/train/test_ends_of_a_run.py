@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_an_ending_is_recorded_with_its_reason(
     run: RunConfig, error: BaseException, state: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         assert _state(run)["status"] == "running"
         raise error
 
@@ -69,7 +69,9 @@ def test_a_run_that_goes_on_is_not_joined_by_a_second_and_one_that_was_cut_off_i
     path.write_text(to_yaml(run), encoding="utf-8")
     trained = []
     monkeypatch.setattr(
-        stages, "run_stages", lambda *_: trained.append(1) or stages.RunEnd(status="done", step=1, checkpoint=None)
+        stages,
+        "run_stages",
+        lambda *_, **__: trained.append(1) or stages.RunEnd(status="done", step=1, checkpoint=None),
     )
     out = Path(run.out)
     write_marker(out, "running")

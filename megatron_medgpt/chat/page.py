@@ -101,7 +101,11 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
                 )
                 facts = gradio.Textbox(label="Picture", value="none yet", interactive=False)
             with gradio.Column():
-                question = gradio.Textbox(label="Question", placeholder="What does the image show?", lines=2)
+                # Of two lines and more Gradio takes Enter for a new line and Shift+Enter for the end.
+                question = gradio.Textbox(
+                    label="Question", placeholder="What does the image show?", lines=1, max_lines=6,
+                    info="Enter asks; Shift+Enter begins a new line.",
+                )  # fmt: skip
                 button = gradio.Button("Ask", variant="primary")
                 answer = gradio.Textbox(label="Answer", interactive=False, lines=8)
                 gradio.Markdown(f"{WARNING} A language model can be wrong in any sentence.")

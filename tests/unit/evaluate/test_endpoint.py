@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, answer)
 
     def _send(self, status, reply, *, whole=False):
-        data = json.dumps(reply).encode()
+        data = json.dumps(reply, indent=1).encode()  # of several lines, as a proxy's page is
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -30,6 +30,9 @@ _STYLE = """
 .medgpt-warning p { color: #fff; margin: 0; }
 .medgpt-picture img { width: 100%; height: 100%; object-fit: contain; background: #000; }
 footer { display: none !important; }
+button:focus-visible, textarea:focus-visible, a:focus-visible { outline: 3px solid #0b6e99 !important;
+  outline-offset: 2px !important; }
+.dark button:focus-visible, .dark textarea:focus-visible { outline-color: #5cc0ea !important; }
 """
 _NO_IMAGE = "Open an image first: DICOM, JPEG or PNG."
 
@@ -59,6 +62,10 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
     """The page as a Gradio app (Blocks). Endpoints for programs: ``/open`` and ``/ask``."""
     gradio = gradio_module()
 
+    def refusal(words: str) -> Exception:
+        # Stays until it is closed: in Gradio's ten seconds not everybody has read it, or come to it by keyboard.
+        return gradio.Error(words, duration=None, print_exception=False)
+
     def open_file(path: str) -> tuple[Any, str, Any]:
         file = Path(path)
         try:
@@ -68,16 +75,16 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
         try:
             picture = picture_of(content, allow_burned_in=allow_burned_in)
         except MedgptError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            raise refusal(str(error)) from None
         return picture.image.convert("RGB"), picture.describe(), picture.image
 
     def ask(question: str, image: Any) -> Iterator[str]:
         if image is None:
-            raise gradio.Error(_NO_IMAGE, print_exception=False)
+            raise refusal(_NO_IMAGE)
         try:
             yield from conversation.stream(question or "", image)
         except MedgptError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            raise refusal(str(error)) from None
 
     with gradio.Blocks(title="Megatron-MedGPT", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"{WARNING}", elem_classes="medgpt-warning")

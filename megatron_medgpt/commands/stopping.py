@@ -44,7 +44,8 @@ def stoppable() -> Iterator[None]:
     A signal that is ignored already (``nohup``, a shell's background) stays ignored.
     """
     first_s: float | None = None
-    waits = raised = False
+    waits = False
+    raised: Stopped | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal first_s, waits, raised
@@ -53,20 +54,24 @@ def stoppable() -> Iterator[None]:
         elif not waits and time.monotonic() - first_s > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        waits = not raised and _is_importing(frame)
+        waits = raised is None and _is_importing(frame)
         if waits:
             again = threading.Timer(WAIT_S, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
-        elif not raised:
-            raised = True
-            raise Stopped(number)
+        elif raised is None:
+            raised = Stopped(number)
+            raise raised
 
     # None is a handler that is not Python's; it could not be put back.
     heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
+    except Exception:
+        if raised is not None:  # what a library has made of it: OmegaConf 2.3 an error about a key
+            raise raised from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

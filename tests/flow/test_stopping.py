@@ -82,6 +82,17 @@ def test_a_signal_in_the_middle_of_an_import_is_heard_when_it_is_over(
     assert whole == [True]
 
 
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_still_one() -> None:
+    with pytest.raises(Stopped, match="stopped by SIGINT"), stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        except BaseException:
+            raise KeyError("a key") from None
+    with pytest.raises(KeyError), stoppable():
+        raise KeyError("a key")
+
+
 def test_a_rank_whose_python_is_still_starting_ends_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

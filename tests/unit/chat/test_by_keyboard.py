@@ -50,7 +50,7 @@ def tab_to(browser: Any, words: str) -> None:
 def test_a_picture_is_opened_and_asked_about_by_keyboard_alone(page, export, ct, browser, tmp_path):  # noqa: F811
     address, _, _ = page
     choosers: list[Any] = []
-    browser.on("filechooser", choosers.append)
+    browser.on("filechooser", lambda chooser: choosers.append(chooser))
     browser.goto(address)
     browser.wait_for_selector("textarea")
     browser.wait_for_timeout(1000)

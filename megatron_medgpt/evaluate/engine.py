@@ -136,6 +136,10 @@ class EndpointEngine:
         """The model to ask for; the server's own name where none is given, refused where it serves others."""
         try:
             served = [str(entry["id"]) for entry in self._call("/models", None, tries=1)["data"]]
+        except WorkError as error:
+            if "HTTP 401" in str(error) or "HTTP 403" in str(error):
+                raise WorkError(f"--endpoint: {error}; give the server's key in MEDGPT_API_KEY") from None
+            raise WorkError(f"--endpoint: {error}; is the server up, and is this its address?") from None
         except (KeyError, TypeError):
             raise WorkError(f"--endpoint {self.url}/models does not answer as an OpenAI-compatible server") from None
         if model is None and len(served) == 1:

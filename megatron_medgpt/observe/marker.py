@@ -111,7 +111,7 @@ def read_state(out: Path) -> RunState | None:
         reason=" ".join(reason.split()) if isinstance(reason, str) else None,
         process=f"process {marker.get('process', '?')} on {marker.get('host', 'an unknown machine')}",
         alive=_is_alive(marker) if status == "running" else None,
-        silent_s=max(0.0, time.time() - max(signs)),
+        silent_s=max(0.0, time.time() - max(signs, default=time.time())),
     )
 
 

@@ -25,7 +25,7 @@ from megatron_medgpt.evaluate.tasks import load_task
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._send(200, {"data": [{"id": "med"}]})
+        self._send(self.server.state.get("models", 200), {"data": [{"id": "med"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -190,8 +190,14 @@ def test_a_server_that_is_not_there_is_said_at_once(server):
     port = server.server_port
     server.shutdown()
     server.server_close()
-    with pytest.raises(WorkError, match=r"/models failed: \[Errno 111\] Connection refused"):
+    with pytest.raises(WorkError, match=r"/models failed: \[Errno 111\] Connection refused; is the server up"):
         EndpointEngine(f"http://127.0.0.1:{port}", pause_s=60)
+
+
+def test_a_server_that_wants_a_key_is_said_with_where_to_give_it(server):
+    server.state["models"] = 401
+    with pytest.raises(WorkError, match=r"/models failed: HTTP 401: .*; give the server's key in MEDGPT_API_KEY"):
+        engine_of(server)
 
 
 def test_a_server_that_answers_as_another_model_ends_the_run_and_is_named(server, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from megatron_medgpt.model.build import build_model
 from megatron_medgpt.parallel import groups as process_groups
 from megatron_medgpt.parallel.plan import make_layout
 from megatron_medgpt.types import ImageSpec
-from tests.parallel.ranks import run_ranks
 
 MODEL = ModelConfig(language=replace(TINY, vocab_size=512), vision=TINY_CLIP)
 IMAGE = ImageSpec(
@@ -142,11 +140,3 @@ def test_an_image_mark_written_in_a_question_is_no_image(tokenizer, task):
     for protocol in ("chat-likelihood", "official-prefix"):
         for ids, _ in option_documents(question, protocol, tokenizer):
             assert (ids == tokenizer.image_mark_id).sum() == 1
-
-
-def test_a_model_that_has_answered_can_be_trained(tmp_path, monkeypatch):
-    """Under torch.inference_mode the engine would keep tensors that autograd refuses, of the gathered sequence too. In
-    processes of their own: what an earlier test has made there with gradients would hide it."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", str(here.parents[2]))
-    run_ranks(here / "train_after_answers.py", [str(tmp_path)], num_ranks=2, deadline_s=100, folder=tmp_path)

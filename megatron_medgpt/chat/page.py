@@ -30,9 +30,8 @@ _STYLE = """
 .medgpt-warning p { color: #fff; margin: 0; }
 .medgpt-picture img { width: 100%; height: 100%; object-fit: contain; background: #000; }
 footer { display: none !important; }
-button:focus-visible, textarea:focus-visible, a:focus-visible { outline: 3px solid #0b6e99 !important;
-  outline-offset: 2px !important; }
-.dark button:focus-visible, .dark textarea:focus-visible { outline-color: #5cc0ea !important; }
+:focus-visible { outline: 3px solid #0b6e99 !important; outline-offset: 2px !important; }
+.dark :focus-visible { outline-color: #5cc0ea !important; }
 """
 _NO_IMAGE = "Open an image first: DICOM, JPEG or PNG."
 

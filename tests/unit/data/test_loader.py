@@ -315,7 +315,7 @@ def test_the_prefetching_thread_outlives_the_last_batch():
     with Prefetcher(lambda n: n, range(2), depth=2) as results:
         assert [next(results), next(results)] == [0, 1]
         (thread,) = (thread for thread in threading.enumerate() if thread.name == "prefetch")
-        thread.join(timeout=1)
+        thread.join(timeout=0.5)
         assert thread.is_alive()
     assert not thread.is_alive()
 

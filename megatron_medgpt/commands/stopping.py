@@ -44,22 +44,28 @@ def stoppable() -> Iterator[None]:
     A signal that is ignored already (``nohup``, a shell's background) stays ignored.
     """
     first_s: float | None = None
-    waits = False
+    is_ours = False
     raised: Stopped | None = None
 
+    def tell_again(number: int) -> None:
+        nonlocal is_ours
+        is_ours = True
+        os.kill(os.getpid(), number)
+
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal first_s, waits, raised
-        if first_s is None:
-            first_s = time.monotonic()
-        elif not waits and time.monotonic() - first_s > REPEAT_S:
+        nonlocal first_s, is_ours, raised
+        insists = first_s is not None and not is_ours and time.monotonic() - first_s > REPEAT_S
+        first_s, is_ours = first_s or time.monotonic(), False
+        if insists:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        waits = raised is None and _is_importing(frame)
-        if waits:
-            again = threading.Timer(WAIT_S, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-        elif raised is None:
+        elif raised is not None:
+            return
+        elif _is_importing(frame):
+            later = threading.Timer(WAIT_S, tell_again, (number,))
+            later.daemon = True
+            later.start()
+        else:
             raised = Stopped(number)
             raise raised
 

@@ -109,7 +109,8 @@ class AnswerFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def _whole_lines(path: Path) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_medgpt.config.errors import UsageError
-from megatron_medgpt.observe.marker import NAME, read_state
 
 Status = Literal["ok", "absent", "warning", "error"]
 
@@ -254,6 +253,8 @@ def _machine(*, has_gpu: bool) -> list[Finding]:
 
 
 def _run(folder: Path) -> Finding:
+    from megatron_medgpt.observe.marker import NAME, read_state  # wants rich, which may be what is missing
+
     state = read_state(folder)
     if state is None:
         raise UsageError(f"--run {folder}: no {NAME} there that says how a run stands; give the out folder of a run")

@@ -113,7 +113,8 @@ class MetricsWriter:
             self._events.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with naming(self.path):
+            self._stream.close()
         if self._events is not None:
             self._events.close()
 

@@ -84,6 +84,22 @@ def test_a_disk_that_is_full_is_named_with_its_file_and_what_was_there_stays(tmp
     assert (tmp_path / "report.html").read_text() == "of before"
 
 
+@pytest.mark.parametrize(
+    ("module", "opened", "line"),
+    [
+        ("observe.metrics", "MetricsWriter('x', tensorboard=False)", "{'step': 1, 'note': 'n' * 99}"),
+        ("evaluate.predictions", "AnswerFile('x/metrics.jsonl')", "[Prediction(question_id='q' * 99)]"),
+    ],
+)
+def test_lines_that_a_full_disk_does_not_take_name_their_file(tmp_path, module, opened, line):
+    write = f"with {opened} as file: file.write({line})"
+    code = f"from megatron_medgpt.{module} import *\ntry:\n {write}\nexcept OSError as error:\n print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, preexec_fn=few_bytes
+    )
+    assert done.stdout == "[Errno 27] File too large: 'x/metrics.jsonl'\n", done.stderr
+
+
 def test_a_folder_whose_name_is_no_text_is_worked_on_and_shown(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn"))
     folder.mkdir()

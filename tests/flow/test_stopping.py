@@ -98,7 +98,7 @@ def test_a_rank_whose_python_is_still_starting_ends_without_a_traceback(
 ) -> None:
     here = tmp_path / "here"
     (tmp_path / "sitecustomize.py").write_text(
-        f"from pathlib import Path; import time; Path({str(here)!r}).touch(); time.sleep(2)"
+        f"from pathlib import Path; import time; Path({str(here)!r}).touch(); time.sleep(1)"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 

@@ -189,8 +189,7 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
         nonlocal begun
         begun = True
         if world.is_first:
-            write_whole(out / "run.yaml", to_yaml(config))
-            keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
+            _keep_settings(config)
 
     world = groups.start()
     try:
@@ -207,6 +206,8 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
         if world.is_first:
             _say_what_was(out)
             write_marker(out, "running")
+            if not (out / "run.yaml").exists():  # one that is there stays until this configuration goes with the rest
+                _keep_settings(config)
         end = run_stages(config, world, begun=begin)
         if world.is_first:
             write_marker(out, end.status, step=end.step)
@@ -220,6 +221,11 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
         raise
     finally:
         groups.stop()
+
+
+def _keep_settings(config: RunConfig) -> None:
+    write_whole(Path(config.out) / "run.yaml", to_yaml(config))
+    keep_tokenizer(Path(config.tokenizer), Path(config.out) / "tokenizer")
 
 
 def _note_end(out: Path, error: BaseException) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.unit.chat.test_chat import ct, export, page  # noqa: F401  (fixtures)
 
+pytest.importorskip("gradio")  # before an export is made for nothing
+playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FOCUS = """() => {
   const e = document.activeElement, s = getComputedStyle(e);
@@ -22,7 +24,6 @@ FOCUS = """() => {
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     with playwright.sync_playwright() as started:

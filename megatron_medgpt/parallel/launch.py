@@ -118,6 +118,8 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
 
 def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     environment = {
+        # A rank that waits for one that has ended prints thirty frames of C++; why it ended stands above in one line.
+        **({} if os.environ.get("MEDGPT_DEBUG") else {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
         **os.environ,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -35,7 +35,7 @@ def test_a_rank_that_a_signal_has_ended_is_named(monkeypatch, capfd, programs, c
 
 
 STOPS_WHEN_TOLD = "import signal, time; signal.signal(2, lambda *_: exit(130)); open('here', 'w'); time.sleep(60)"
-WAITS_IN_THE_ENGINE = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
+WAITS_IN_THE_ENGINE = "import signal, time; signal.signal(2, signal.SIG_IGN); open('there', 'w'); time.sleep(60)"
 
 
 def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stopped(monkeypatch, tmp_path):
@@ -46,7 +46,7 @@ def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stop
         return subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
 
     def tell():
-        while not (tmp_path / "here").exists():
+        while not ((tmp_path / "here").exists() and (tmp_path / "there").exists()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -110,10 +110,9 @@ def test_a_folder_whose_name_is_no_text_is_worked_on_and_shown(tmp_path):
     assert "<h1>r\\udcfcn</h1>" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_service_without_an_output_does_its_work(tmp_path, closed):
+def test_a_service_without_an_output_does_its_work(tmp_path):
     (tmp_path / "run.yaml").write_text("name: small\n")
-    line = f'"{sys.executable}" -m megatron_medgpt report "{tmp_path}" {closed}'
+    line = f'"{sys.executable}" -m megatron_medgpt report "{tmp_path}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", line], timeout=60).returncode == 0
     assert "<h1>small</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

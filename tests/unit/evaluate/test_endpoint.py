@@ -70,7 +70,7 @@ def reply(text, *, model="med", finish="stop"):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.state = {"requests": [], "answer": lambda number, attempt: reply("ABCD"[number % 4])}
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

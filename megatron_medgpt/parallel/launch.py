@@ -18,7 +18,7 @@ from megatron_medgpt.config.errors import UsageError
 
 GRACE_S = 20.0
 """Seconds that the other ranks get to end by themselves when one has failed."""
-STOPPED_GRACE_S = 2.0
+STOPPED_GRACE_S = 5.0
 """The same when the first was told to stop and has: the others may wait for it where Python hears no signal."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -144,6 +144,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], told: Sequence[int]) -> int:
             for process in ranks:
                 _kill_group(process)
         time.sleep(0.05)
+    if told and ranks[0].returncode == -signal.SIGKILL:  # before it could say so
+        print(f"medgpt: stopped by {signal.Signals(told[0]).name}", file=sys.stderr, flush=True)
     first_failed = _failed(ranks) if first_failed is None else first_failed
     if first_failed is None:
         return 0

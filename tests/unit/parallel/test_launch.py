@@ -38,12 +38,20 @@ STOPS_WHEN_TOLD = "import signal, time; signal.signal(2, lambda *_: exit(130)); 
 WAITS_IN_THE_ENGINE = "import signal, time; signal.signal(2, signal.SIG_IGN); open('there', 'w'); time.sleep(60)"
 
 
-def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stopped(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ((STOPS_WHEN_TOLD, WAITS_IN_THE_ENGINE), ""),
+        ((WAITS_IN_THE_ENGINE, STOPS_WHEN_TOLD), "medgpt: stopped by SIGINT\n"),  # rank 0 could not say it
+    ],
+)
+def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stopped(
+    monkeypatch, tmp_path, capfd, programs, said
+):
     monkeypatch.chdir(tmp_path)
 
     def start(arguments, rank, num_ranks, port):
-        program = (STOPS_WHEN_TOLD, WAITS_IN_THE_ENGINE)[rank]
-        return subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+        return subprocess.Popen([sys.executable, "-c", programs[rank]], start_new_session=True)
 
     def tell():
         while not ((tmp_path / "here").exists() and (tmp_path / "there").exists()):
@@ -57,6 +65,7 @@ def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stop
     began = time.monotonic()
     assert launch.run_ranks([], 2) == 130
     assert time.monotonic() - began < 40
+    assert capfd.readouterr().err == said
 
 
 def test_a_signal_before_the_last_rank_is_started_leaves_none_behind(monkeypatch, tmp_path):

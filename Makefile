@@ -97,9 +97,10 @@ fuzz: setup
 	  tests/unit/ingest/test_damaged_files.py tests/unit/ingest/test_damaged_inputs.py
 	@MEDGPT_FUZZ_CASES=1 $(BIN)/python $(PYTEST) $$(grep -rl 'hypothesis import' tests/unit --exclude 'test_damaged_*' --exclude conftest.py)
 
-# The page of `medgpt chat` with Gradio, which asks for an older Pillow than ours and so gets a folder of its own.
+# The page of `medgpt chat` with Gradio, which asks for an older Pillow than ours and so gets a folder of its own; by
+# keyboard too, where a Chromium is installed.
 chat-test: setup
-	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6.31' $(PIP_ARGS)
+	@$(BIN)/python -m pip install -q --target build/chat-packages 'gradio>=6.31' playwright $(PIP_ARGS)
 	@PYTHONPATH=build/chat-packages $(BIN)/python -m pytest tests/unit/chat
 
 # The demo's first stage with experts unrounded, in FP8 and in MXFP4: how far the loss curves come apart (a quarter of an

@@ -84,5 +84,5 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["medgpt = megatron_medgpt.cli:main"]},
+    entry_points={"console_scripts": ["medgpt = megatron_medgpt.__main__:main"]},
 )

@@ -5,12 +5,14 @@ The commands stand in ``commands``; none of them imports a room before it is cal
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -59,14 +61,17 @@ def _root(
 
 
 @app.command(rich_help_panel=BEGIN)
-def doctor(json: Json = False) -> None:
+def doctor(
+    json: Json = False,
+    run: Annotated[Path | None, typer.Option(help="Also say how the run of this folder stands.")] = None,
+) -> None:
     """What this machine has, what will be used, what is missing and how to get it.
 
     Example: `medgpt doctor`
     """
     from megatron_medgpt.observe.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(json=json))
+    raise typer.Exit(run_doctor(json=json, run=run))
 
 
 app.command(rich_help_panel=BEGIN)(demo)
@@ -86,6 +91,7 @@ def main() -> None:
     What the machine refuses (a full disk, a file that may not be read) is expected too: the work has failed. A signal
     ends with 128 and its number, as shells have it.
     """
+    _prepare_output()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers too goes by it; bars fill a log
     try:
@@ -94,16 +100,12 @@ def main() -> None:
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":  # every rank was told
             print(f"medgpt: {stop}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-            os._exit(stop.exit_code)  # the end would wait for their server or disk to answer
-        raise SystemExit(stop.exit_code) from None
+        _leave(stop.exit_code)
     except OSError as error:
         if os.environ.get("MEDGPT_DEBUG"):
             raise
         if not (isinstance(error, BrokenPipeError) and _reader_has_left()):
-            _say_failed(in_one_line(error))
+            _say_failed(_what_failed(error))
         raise SystemExit(MedgptError.exit_code) from None
     except MedgptError as error:
         if os.environ.get("MEDGPT_DEBUG"):
@@ -112,8 +114,32 @@ def main() -> None:
             _say_refused(str(error))
         else:
             _say_failed(str(error))
-        sys.stdout.flush()
-        raise SystemExit(error.exit_code) from None
+        _leave(error.exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    _reader_has_left()
+    sys.stderr.flush()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        os._exit(exit_code)  # the end would wait for their server or disk to answer
+    raise SystemExit(exit_code) from None
+
+
+def _what_failed(error: OSError) -> str:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the folder in which medgpt was called is gone; change to one that is there"
+    return in_one_line(error)
+
+
+def _prepare_output() -> None:
+    """Names of files may hold bytes that are no text, and a service may be started without an output."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run() -> None:

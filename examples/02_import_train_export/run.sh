@@ -20,5 +20,5 @@ medgpt train "$here/run.yaml" --nproc 2 out="$out/run" tokenizer="$out/tokenizer
 
 medgpt convert megatron-to-hf --checkpoint "$out/run" --out "$out/export" --dtype bf16
 medgpt convert verify --checkpoint "$out/run" --hf "$out/export"
-image=$(find "$out/phantoms" -name '*.png' | sort | head -n 1)
+image=$(find "$out/phantoms" -name '*.png' | sort | sed -n 1p)
 python "$here/generate.py" "$out/export" "$image" "Which modality is this?"

@@ -30,6 +30,8 @@ _STYLE = """
 .medgpt-warning p { color: #fff; margin: 0; }
 .medgpt-picture img { width: 100%; height: 100%; object-fit: contain; background: #000; }
 footer { display: none !important; }
+:focus-visible { outline: 3px solid #0b6e99 !important; outline-offset: 2px !important; }
+.dark :focus-visible { outline-color: #5cc0ea !important; }
 """
 _NO_IMAGE = "Open an image first: DICOM, JPEG or PNG."
 
@@ -59,6 +61,10 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
     """The page as a Gradio app (Blocks). Endpoints for programs: ``/open`` and ``/ask``."""
     gradio = gradio_module()
 
+    def refusal(words: str) -> Exception:
+        # Stays until it is closed: in Gradio's ten seconds not everybody has read it, or come to it by keyboard.
+        return gradio.Error(words, duration=None, print_exception=False)
+
     def open_file(path: str) -> tuple[Any, str, Any]:
         file = Path(path)
         try:
@@ -68,16 +74,16 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
         try:
             picture = picture_of(content, allow_burned_in=allow_burned_in)
         except MedgptError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            raise refusal(str(error)) from None
         return picture.image.convert("RGB"), picture.describe(), picture.image
 
     def ask(question: str, image: Any) -> Iterator[str]:
         if image is None:
-            raise gradio.Error(_NO_IMAGE, print_exception=False)
+            raise refusal(_NO_IMAGE)
         try:
             yield from conversation.stream(question or "", image)
         except MedgptError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            raise refusal(str(error)) from None
 
     with gradio.Blocks(title="Megatron-MedGPT", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"{WARNING}", elem_classes="medgpt-warning")
@@ -101,7 +107,11 @@ def build_page(conversation: HuggingFaceConversation, *, allow_burned_in: bool =
                 )
                 facts = gradio.Textbox(label="Picture", value="none yet", interactive=False)
             with gradio.Column():
-                question = gradio.Textbox(label="Question", placeholder="What does the image show?", lines=2)
+                # Of two lines and more Gradio takes Enter for a new line and Shift+Enter for the end.
+                question = gradio.Textbox(
+                    label="Question", placeholder="What does the image show?", lines=1, max_lines=6,
+                    info="Enter asks; Shift+Enter begins a new line.",
+                )  # fmt: skip
                 button = gradio.Button("Ask", variant="primary")
                 answer = gradio.Textbox(label="Answer", interactive=False, lines=8)
                 gradio.Markdown(f"{WARNING} A language model can be wrong in any sentence.")

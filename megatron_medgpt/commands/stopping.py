@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 REPEAT_S = 3.0
 """A signal within this time of the first is the same request (timeout and Slurm tell a process twice)."""
+
+WAIT_S = 0.05
+"""Between looks whether an import is over."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -33,29 +38,59 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises ``Stopped``; one that comes ``REPEAT_S`` later ends the process.
+    """Inside, the first SIGINT or SIGTERM raises ``Stopped``, after the import if there is one under way; one that
+    comes ``REPEAT_S`` later ends the process.
 
     A signal that is ignored already (``nohup``, a shell's background) stays ignored.
     """
     first_s: float | None = None
+    is_ours = False
+    raised: Stopped | None = None
 
-    def stop(number: int, _frame: object) -> None:
-        nonlocal first_s
-        if first_s is None:
-            first_s = time.monotonic()
-            raise Stopped(number)
-        if time.monotonic() - first_s > REPEAT_S:
+    def tell_again(number: int) -> None:
+        nonlocal is_ours
+        is_ours = True
+        os.kill(os.getpid(), number)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s, is_ours, raised
+        insists = first_s is not None and not is_ours and time.monotonic() - first_s > REPEAT_S
+        first_s, is_ours = first_s or time.monotonic(), False
+        if insists:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif raised is not None:
+            return
+        elif _is_importing(frame):
+            later = threading.Timer(WAIT_S, tell_again, (number,))
+            later.daemon = True
+            later.start()
+        else:
+            raised = Stopped(number)
+            raise raised
 
     # None is a handler that is not Python's; it could not be put back.
     heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
+    except Exception:
+        if raised is not None:  # what a library has made of it: OmegaConf 2.3 an error about a key
+            raise raised from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being read in. An exception is no end there: extensions that call back into Python while they
+    register themselves (torch 2.13) abort, with a page of C++ frames."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

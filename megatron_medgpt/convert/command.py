@@ -12,7 +12,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.convert.hf_to_megatron import import_hf, plan_import
 from megatron_medgpt.convert.megatron_to_hf import export_hf
 from megatron_medgpt.convert.mxfp4 import SCALE_RULES
-from megatron_medgpt.convert.stream import refuse_existing
+from megatron_medgpt.convert.stream import amount, refuse_existing
 
 
 def hf_to_megatron(
@@ -62,7 +62,7 @@ def megatron_to_hf(
         checkpoint, out, tokenizer=tokenizer, dtype=dtype, part=part, scale_rule=scale_rule, original=original,
         evaluation=[_read_evaluation(path) for path in evaluation], num_threads=num_threads,
     )  # fmt: skip
-    print(f"wrote {summary.out}: {summary.num_tensors} tensors, {summary.num_bytes / 1e9:.2f} GB")
+    print(f"wrote {summary.out}: {summary.num_tensors} tensors, {amount(summary.num_bytes)}")
     if summary.quantisation:
         worst, error = max(summary.quantisation.items(), key=lambda item: item[1].relative)
         print(f"MXFP4: largest relative error {error.relative:.4f} ({worst}); every tensor's in quantisation.json")
@@ -92,8 +92,10 @@ def verify(
 def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--evaluation {path}: {error}; give a file that medgpt eval wrote") from None
+    except OSError as error:
+        raise UsageError(f"--evaluation {path}: {error.strerror}; give a file that medgpt eval wrote") from None
+    except ValueError as error:
+        raise UsageError(f"--evaluation {path} is not JSON ({error}); give a file that medgpt eval wrote") from None
     if not isinstance(content, dict) or "accuracy" not in content:
         raise UsageError(f"--evaluation {path} holds no accuracy; give a file that medgpt eval wrote")
     return content

@@ -24,6 +24,7 @@ from megatron_medgpt.convert.stream import (
     Part,
     Source,
     TensorsInMemory,
+    amount,
     cast,
     forget_part,
     read_part,
@@ -73,7 +74,7 @@ class ImportPlan:
     def describe(self) -> str:
         """A few lines for a person."""
         lines = [f"{name:<10} {origin}" for name, origin in self.origins.items()]
-        lines.append(f"{'tensors':<10} {len(self.specs)} ({self.num_bytes / 1e9:.2f} GB) in the checkpoint")
+        lines.append(f"{'tensors':<10} {len(self.specs)} ({amount(self.num_bytes)}) in the checkpoint")
         if self.unused:
             shown = ", ".join(self.unused[:3]) + (", ..." if len(self.unused) > 3 else "")
             lines.append(f"{'unused':<10} {len(self.unused)} published tensors: {shown}")

@@ -200,6 +200,11 @@ def run_parts(parts: Iterable[Part], work: Callable[[Part], None], *, num_thread
                 log.info("%s: %.2f of %.2f GB", what, done / 1e9, total / 1e9)
 
 
+def amount(num_bytes: float) -> str:
+    """Bytes for people: of a small model ``29.30 MB``, not ``0.03 GB``."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def refuse_existing(out: Path) -> None:
     """Raise UsageError where a new folder cannot be made: something is there, or a folder above it is a file."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -229,9 +234,7 @@ def staged_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
             shutil.rmtree(left)
         free = shutil.disk_usage(out.parent).free
         if needed_bytes * _SPACE_MARGIN > free:
-            raise WorkError(
-                f"{out} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some space"
-            )
+            raise WorkError(f"{out} needs {amount(needed_bytes)} and its disk has {amount(free)} free; free some space")
         staging = out.parent / f".tmp-{out.name}.{uuid.uuid4().hex[:8]}"
         staging.mkdir()
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,21 @@ def _answers(
 ) -> dict[str, Prediction]:
     path = out.with_suffix(f".{control}.answers.jsonl" if control else ".answers.jsonl")
     begun: tuple[dict[str, Prediction], str | None] = ({}, None)
-    if writes:
-        begun = _begun(path, _identity(engine, questions, protocol, control))
-    answers, refusal = getattr(engine, "from_first_rank", _as_it_is)(begun)
-    if refusal is not None:
-        raise UsageError(refusal)
-    answers = dict(answers)
-    open_questions = [q for q in questions if q.question_id not in answers or answers[q.question_id].error]
-    if not writes:
-        return answers | {p.question_id: p for p in engine.answers(open_questions, protocol)}
-    with AnswerFile(path) as file:
+    with ExitStack() as opened:
+        file = None
+        if writes:
+            file, before, refused = _begun(path, _identity(engine, questions, protocol, control), opened)
+            begun = (before, refused)
+        answers, refusal = getattr(engine, "from_first_rank", _as_it_is)(begun)
+        if refusal is not None:
+            raise UsageError(refusal)
+        answers = dict(answers)
+        open_questions = [q for q in questions if q.question_id not in answers or answers[q.question_id].error]
         for prediction in engine.answers(open_questions, protocol):
-            file.write([prediction])
+            if file is not None:
+                file.write([prediction])
             answers[prediction.question_id] = prediction
-            if report is not None:
+            if file is not None and report is not None:
                 report(control or "questions", len(answers), len(questions))
     return answers
 
@@ -131,23 +133,32 @@ def _identity(engine: Engine, questions: Sequence[Question], protocol: str, cont
     }  # fmt: skip
 
 
-def _begun(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Prediction], str | None]:
-    """What was answered before, or why it must not be continued: another model or another set began it."""
+def _other_than(path: Path, key: str, begun: Any, now: Any) -> str:
+    what = {"engine": "another model", "questions_sha256": "other questions (--data, --limit)"}.get(
+        key, f"another {key}"
+    )
+    values = "" if key == "questions_sha256" else f" ({begun}, now {now})"
+    return f"{path} was begun with {what}{values}; remove it or give another --out"
+
+
+def _begun(
+    path: Path, identity: dict[str, Any], opened: ExitStack
+) -> tuple[AnswerFile | None, dict[str, Prediction], str | None]:
+    """The file of answers, what was answered before, or why it must not be continued: another model or another set
+    began it, or another process writes it."""
     note = path.with_suffix(".json")
     try:
-        if path.exists() and note.exists():
+        file = opened.enter_context(AnswerFile(path))
+        if path.stat().st_size and note.exists():
             begun = json.loads(note.read_text(encoding="utf-8"))
             apart = [key for key in identity if begun.get(key) != identity[key]]
             if apart:
-                return {}, (
-                    f"{path} was begun with another {' and '.join(apart)} ({begun.get(apart[0])!r}, now "
-                    f"{identity[apart[0]]!r}); remove it or give another --out"
-                )
+                return None, {}, _other_than(path, apart[0], begun.get(apart[0]), identity[apart[0]])
         else:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        return read_predictions(path, resuming=True)[0], None
+        return file, read_predictions(path, resuming=True)[0], None
     except UsageError as error:
-        return {}, str(error)
+        return None, {}, str(error)
     except (OSError, ValueError) as error:
-        return {}, f"{path} cannot be continued ({error}); remove it and {note.name}, or give another --out"
+        return None, {}, f"{path} cannot be continued ({error}); remove it and {note.name}, or give another --out"

@@ -6,7 +6,8 @@ import base64
 import http.client
 import io
 import json
-import time
+import logging
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,21 @@ from PIL import Image
 
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.evaluate.documents import encoded_picture
+from megatron_medgpt.evaluate.folder_identity import folder_fingerprint
 from megatron_medgpt.evaluate.predictions import Prediction
 from megatron_medgpt.evaluate.scorers import GENERATIVE, prompt
 from megatron_medgpt.evaluate.tasks.question import Question
+
+log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 1024
 """A cap of 64 cut 6,200 of 8,518 answers in one public run of this benchmark; truncations are reported."""
 GIVE_UP_AFTER = 50
 """Questions in a row that fail by a server's doing, each with its retries, before the rest is left for later."""
+FIRST_FAILED = 8
+"""When as many have failed and none was answered, the server is asked for a word; if it has none, the rest is left."""
+PROBE_S = 30.0
+"""Seconds that it has for that word."""
 
 
 class Engine(Protocol):
@@ -47,8 +55,9 @@ class EndpointEngine:
     """An OpenAI-compatible server (vLLM's ``/v1/chat/completions``), greedy.
 
     ``reasoning_effort`` is sent as such (GPT-oss takes low, medium, high). A failing request is tried ``retries`` times
-    with growing pauses; then the question counts as wrong, with the reason. When ``GIVE_UP_AFTER`` questions in a row
-    have failed, the server is taken to be gone.
+    with growing pauses, which the log says once; then the question counts as wrong, with the reason. The server is
+    taken to be gone when ``GIVE_UP_AFTER`` questions in a row have failed, or the first ``FIRST_FAILED`` and a request
+    of one word too (which a server answers that only cannot take these questions).
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class EndpointEngine:
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._given_up, self._has_complained = threading.Event(), False
         self.model = self._served(model)
 
     @property
@@ -79,10 +89,11 @@ class EndpointEngine:
         """One prediction per question, in the order in which the server answers.
 
         Raises:
-            WorkError: the server no longer answers, or is another model, for ``GIVE_UP_AFTER`` questions in a row.
+            WorkError: the server answers nothing, or no longer, or is another model.
         """
         _require_generative(protocol, "an endpoint")
-        waiting, running, failed_in_a_row = iter(questions), set[Future](), 0
+        self._given_up.clear()
+        waiting, running, failed_in_a_row, answered = iter(questions), set[Future](), 0, False
         pool = ThreadPoolExecutor(self.concurrency)  # no block of its own, which would wait for slow answers at a stop
         try:
             while True:
@@ -95,19 +106,40 @@ class EndpointEngine:
                 for future in done:
                     prediction, is_its_fault = future.result()
                     failed_in_a_row = failed_in_a_row + 1 if is_its_fault else 0
+                    answered = answered or prediction.error is None
                     yield prediction
-                    if failed_in_a_row == GIVE_UP_AFTER:
+                    begun_badly = failed_in_a_row == min(FIRST_FAILED, len(questions)) and not answered
+                    if failed_in_a_row == GIVE_UP_AFTER or (begun_badly and not self._says_a_word()):
+                        number = f"{failed_in_a_row} question{'s' if failed_in_a_row > 1 else ''}"
+                        which = f"the first {number} all" if begun_badly else f"{number} in a row"
                         raise WorkError(
-                            f"--endpoint {self.url}: {GIVE_UP_AFTER} questions in a row failed, the last with: "
-                            f"{prediction.error}. What was answered is kept; the same command asks the rest"
+                            f"--endpoint {self.url}: {which} failed, the last with: {prediction.error}. "
+                            "Nothing more is asked; what was answered is kept, and the same command asks the rest"
                         )
         finally:
+            self._given_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _says_a_word(self) -> bool:
+        """Whether the server answers anything at all, as the model that is asked."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        try:
+            reply = self._call("/chat/completions", body, tries=1, timeout_s=min(PROBE_S, self.timeout_s))
+            says = bool(reply["choices"]) and reply.get("model") in (None, self.model)
+        except (WorkError, KeyError, TypeError, AttributeError):
+            return False
+        if says:
+            log.warning("--endpoint %s answers, but not one of the first questions; the others are asked", self.url)
+        return says
 
     def _served(self, model: str | None) -> str:
         """The model to ask for; the server's own name where none is given, refused where it serves others."""
         try:
-            served = [str(entry["id"]) for entry in self._call("/models", None)["data"]]
+            served = [str(entry["id"]) for entry in self._call("/models", None, tries=1)["data"]]
+        except WorkError as error:
+            if "HTTP 401" in str(error) or "HTTP 403" in str(error):
+                raise WorkError(f"--endpoint: {error}; give the server's key in MEDGPT_API_KEY") from None
+            raise WorkError(f"--endpoint: {error}; is the server up, and is this its address?") from None
         except (KeyError, TypeError):
             raise WorkError(f"--endpoint {self.url}/models does not answer as an OpenAI-compatible server") from None
         if model is None and len(served) == 1:
@@ -146,15 +178,16 @@ class EndpointEngine:
         prediction = Prediction(question_id=question.question_id, text=text or "", truncated=end == "length")
         return prediction, False
 
-    def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _call(
+        self, path: str, body: dict[str, Any] | None, *, tries: int | None = None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
-        reason = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.pause_s * 2 ** (attempt - 1))
+        tries = self.retries + 1 if tries is None else tries
+        reason, attempt = "", 0
+        for attempt in range(1, tries + 1):
             request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                with urllib.request.urlopen(request, timeout=timeout_s or self.timeout_s) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}: {_said(error)}"
@@ -162,13 +195,25 @@ class EndpointEngine:
                     break
             except (OSError, ValueError, http.client.HTTPException) as error:  # the last: a reply cut off in the middle
                 reason = str(getattr(error, "reason", None) or error)
-        raise WorkError(f"{self.url}{path} failed {attempt + 1} times, last: {reason}")
+            if attempt == tries:
+                break
+            self._complain(f"{self.url}{path}: {reason}; such requests are tried {tries} times")
+            if self._given_up.wait(self.pause_s * 2 ** (attempt - 1)):
+                break
+        times = f" {attempt} times, last" if attempt > 1 else ""
+        raise WorkError(f"{self.url}{path} failed{times}: {reason}")
+
+    def _complain(self, what: str) -> None:
+        """Say the first fault at once; the answers file has those of every question."""
+        if not self._has_complained:
+            self._has_complained = True
+            log.warning("%s", what)
 
 
 def _said(error: urllib.error.HTTPError) -> str:
     """The first words of what stands behind a refusal, which may be cut off itself."""
     try:
-        return error.read(300).decode("utf-8", "replace")
+        return " ".join(error.read(300).decode("utf-8", "replace").split())
     except (OSError, http.client.HTTPException):
         return str(error.reason)
 
@@ -195,15 +240,12 @@ class HuggingFaceEngine:
         self.reasoning_effort = reasoning_effort
         if not (self.folder / "config.json").is_file():
             raise UsageError(f"--hf {folder}: no config.json there; give the folder that convert wrote")
+        self.description = f"transformers {self.folder.resolve().name}@{folder_fingerprint(self.folder)}"
         self._torch = torch
         self.processor = AutoProcessor.from_pretrained(self.folder)
         self.processor.tokenizer.padding_side = "left"
         check_effort(self.processor, folder, reasoning_effort)
         self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto").to(device).eval()
-
-    @property
-    def description(self) -> str:
-        return f"transformers {self.folder.name}"
 
     def settings(self, protocol: str) -> dict[str, Any]:
         return _settings(self.max_new_tokens, self.reasoning_effort)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_medgpt.checkpoint.find import holds_packed_experts, read_facts, resolve_checkpoint
 from megatron_medgpt.checkpoint.load import load_checkpoint
-from megatron_medgpt.checkpoint.manifest import CheckpointFacts
+from megatron_medgpt.checkpoint.manifest import CheckpointFacts, read_manifest
 from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.load import build
@@ -124,7 +124,8 @@ def open_checkpoint(
         forward, tokenizer=words, image=image, sequence_length=sequence_length,
         questions_per_batch=questions_per_batch, max_new_tokens=max_new_tokens, source=source,
     )  # fmt: skip
-    return CheckpointEngine(forward, likelihood, greedy, checkpoint.name)
+    # Steps of two runs have the same name.
+    return CheckpointEngine(forward, likelihood, greedy, f"{checkpoint.name}@{read_manifest(checkpoint).digest[:12]}")
 
 
 def load_model(

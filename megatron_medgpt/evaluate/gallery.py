@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.documents import encoded_picture
 from megatron_medgpt.evaluate.result import Item
+from megatron_medgpt.observe.whole import write_whole
 
 THUMBNAIL_PX = 320
 
@@ -26,9 +26,7 @@ def write_gallery(items: Sequence[Item], path: Path | str, *, num_right: int = 8
         cards += [card for item in _spread([i for i in items if i.correct == wanted]) if (card := _card(item))][:count]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_interleaved(cards), ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(_interleaved(cards), ensure_ascii=False))
     return len(cards)
 
 

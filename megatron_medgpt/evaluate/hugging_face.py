@@ -18,6 +18,7 @@ from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.documents import Scored, option_documents
 from megatron_medgpt.evaluate.engine import HuggingFaceEngine
+from megatron_medgpt.evaluate.folder_identity import folder_fingerprint
 from megatron_medgpt.evaluate.predictions import Prediction
 from megatron_medgpt.evaluate.scorers import GENERATIVE, LIKELIHOOD
 from megatron_medgpt.evaluate.tasks.question import Question
@@ -39,7 +40,7 @@ class HuggingFaceLikelihoodEngine:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UsageError(f"--hf {folder}: no config.json there; give the folder that convert wrote")
-        self.description = f"transformers {folder.name}"
+        self.description = f"transformers {folder.resolve().name}@{folder_fingerprint(folder)}"
         self._device = torch.device(device)
         self._tokenizer = Tokenizer.load(folder)
         self._pictures = AutoProcessor.from_pretrained(folder).image_processor

@@ -7,6 +7,7 @@ killed evaluation continues where it stopped; a last line cut in two by a kill i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.config.errors import UsageError, naming
 from megatron_medgpt.evaluate.tasks.table import read_text
 
 
@@ -70,28 +71,46 @@ def read_predictions(path: Path | str, *, resuming: bool = False) -> tuple[dict[
 
 
 class AnswerFile:
-    """Appends predictions to a JSONL file, each line flushed; opening it cuts a half-written last line away."""
+    """Appends predictions to a JSONL file, each line flushed; opening it cuts a half-written last line away.
+
+    Raises:
+        UsageError: another process appends to it.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        # Half a surrogate pair, which servers do send, becomes its JSON escape.
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            self._lock()
             whole = len(_whole_lines(self.path).encode("utf-8"))
             if whole != self.path.stat().st_size:
                 os.truncate(self.path, whole)
-        # Half a surrogate pair, which servers do send, becomes its JSON escape.
-        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another evaluation is writing {self.path}; let it end, or give another --out") from None
+        except OSError:  # a file system without locks
+            return
 
     def write(self, predictions: Iterable[Prediction]) -> None:
-        for prediction in predictions:
-            self._file.write(prediction.to_json() + "\n")
-        self._file.flush()
+        with naming(self.path):
+            for prediction in predictions:
+                self._file.write(prediction.to_json() + "\n")
+            self._file.flush()
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def _whole_lines(path: Path) -> str:

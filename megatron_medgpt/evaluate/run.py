@@ -106,6 +106,9 @@ def evaluate_model(
             max_new_tokens=max_new_tokens or CHECKPOINT_NEW_TOKENS,
         )  # fmt: skip
         return 0
+    from megatron_medgpt.observe.log import set_up_log
+
+    set_up_log()
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS, "reasoning_effort": reasoning_effort
     }  # fmt: skip

@@ -16,6 +16,7 @@ from megatron_medgpt.evaluate.scorers import LIKELIHOOD, check_protocol, default
 from megatron_medgpt.evaluate.scorers.harmony import final_channel
 from megatron_medgpt.evaluate.tasks import load_task
 from megatron_medgpt.evaluate.tasks.question import Question, Task
+from megatron_medgpt.observe.whole import write_whole
 
 
 def score(
@@ -124,21 +125,18 @@ def write_result(out: Path | str, summary: Mapping[str, Any], items: Sequence[It
         }
         for item in items
     ]
-    _replace(items_path(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _replace(out, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_whole(items_path(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(out, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def refuse_folder(out: Path | str) -> None:
-    """Raise UsageError where an evaluation file cannot be written: its name is a folder's, or its folder's a file's."""
+    """Raise UsageError where an evaluation file cannot be written: its name is a folder's, its folder's a file's, or
+    nothing may be written there."""
     out = Path(out)
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file in it, e.g. {out / 'evaluation.json'}")
-    for place in out.parents:
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"--out {out}: {place} is a file; name a file in a folder")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    there = next(place for place in out.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {out}: {there} is a file; name a file in a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: no permission to write in {there}; name a file in another folder")

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_medgpt.config.errors import UsageError
+
 Status = Literal["ok", "absent", "warning", "error"]
 
 REQUIRED = {
@@ -60,9 +62,13 @@ class Finding:
     """What to do about it, when something should be done."""
 
 
-def run_doctor(json: bool = False) -> int:
-    """Print the findings and the verdict; return 0 when the main job can run here, else 1."""
-    examined = examine()
+def run_doctor(json: bool = False, run: Path | None = None) -> int:
+    """Print the findings and the verdict; return 0 when the main job can run here, else 1.
+
+    Raises:
+        UsageError: ``run`` is not a run folder that says how it stands.
+    """
+    examined = examine(run)
     if json:
         print(json_format.dumps(examined, indent=1))
     else:
@@ -70,8 +76,8 @@ def run_doctor(json: bool = False) -> int:
     return 0 if examined["can_run"] else 1
 
 
-def examine() -> dict[str, Any]:
-    """The findings as JSON values.
+def examine(run: Path | None = None) -> dict[str, Any]:
+    """The findings as JSON values; with those of a run folder where one is given.
 
     Returns:
         ``{"findings": [{"name", "status", "found", "mend"}], "will_use": {what: which}, "can_run": bool, "verdict"}``.
@@ -80,6 +86,7 @@ def examine() -> dict[str, Any]:
     devices, torch_finding = _torch()
     findings = [_python(), *_required(), torch_finding, _megatron_line(), *devices.findings]
     findings += [*_optional(has_gpu=devices.num_gpus > 0), *_codecs(), *_machine(has_gpu=devices.num_gpus > 0)]
+    findings += [] if run is None else [_run(run)]
     errors = [finding for finding in findings if finding.status == "error"]
     can_run = not errors
     will_use = _will_use(devices) if can_run else {}
@@ -243,6 +250,16 @@ def _machine(*, has_gpu: bool) -> list[Finding]:
         Finding(name="disk", status="warning" if low else "ok", found=f"{_gigabytes(free)} free here", mend=mend)
     )
     return findings
+
+
+def _run(folder: Path) -> Finding:
+    from megatron_medgpt.observe.marker import NAME, read_state  # wants rich, which may be what is missing
+
+    state = read_state(folder)
+    if state is None:
+        raise UsageError(f"--run {folder}: no {NAME} there that says how a run stands; give the out folder of a run")
+    ended_well = state.status in ("done", "stopped", "running") and not state.cut_off
+    return Finding(name=f"run {folder}", status="ok" if ended_well else "warning", found=state.describe())
 
 
 def _will_use(devices: _Devices) -> dict[str, str]:

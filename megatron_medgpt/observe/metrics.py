@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_medgpt.config.errors import naming
+
 if TYPE_CHECKING:
     import torch
 
@@ -95,8 +97,9 @@ class MetricsWriter:
         """
         flat = _flattened(record)
         step = flat["step"]
-        self._stream.write(json.dumps({key: _plain(value) for key, value in flat.items()}) + "\n")
-        self._stream.flush()
+        with naming(self.path):
+            self._stream.write(json.dumps({key: _plain(value) for key, value in flat.items()}) + "\n")
+            self._stream.flush()
         if self._events is None:
             return
         for key, value in flat.items():
@@ -110,7 +113,8 @@ class MetricsWriter:
             self._events.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with naming(self.path):
+            self._stream.close()
         if self._events is not None:
             self._events.close()
 

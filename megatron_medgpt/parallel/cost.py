@@ -9,7 +9,7 @@ forward pass. Pipelines are simulated (``parallel.schedule``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from megatron_medgpt.config.schema import KernelConfig, LanguageConfig, ModelConfig
 from megatron_medgpt.parallel.flops import (
@@ -175,6 +175,19 @@ def chunk_seconds(
         forward=forward + exchange_forward, backward=backward + exchange_backward,
         exchange=exchange_forward + exchange_backward,
     )  # fmt: skip
+
+
+def untimed(kernels: KernelConfig) -> dict[str, str]:
+    """The fused kernels among the choices whose gain ``step_seconds`` does not know; they are taken to last as before.
+
+    It knows the bytes and products of experts in FP8 and MXFP4, of rows sent in FP8 and of logits made twice.
+    """
+    fused = {name: choice for name, choice in asdict(kernels).items() if choice == "fused"}
+    if kernels.experts == "bf16":
+        fused["experts"] = "bf16"
+    if kernels.expert_schedule not in ("auto", "triton"):
+        fused["expert_schedule"] = kernels.expert_schedule
+    return fused
 
 
 def payload_share(c: LanguageConfig) -> float:

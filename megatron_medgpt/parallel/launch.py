@@ -18,6 +18,8 @@ from megatron_medgpt.config.errors import UsageError
 
 GRACE_S = 20.0
 """Seconds that the other ranks get to end by themselves when one has failed."""
+STOPPED_GRACE_S = 5.0
+"""The same when the first was told to stop and has: the others may wait for it where Python hears no signal."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -83,19 +85,30 @@ def node_of_rank(rank: int, environment: Mapping[str, str]) -> str:
 
 
 def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """Run ``python -m megatron_medgpt.cli ARGUMENTS`` as ``num_ranks`` ranks and wait for all.
+    """Run ``python -m megatron_medgpt ARGUMENTS`` as ``num_ranks`` ranks and wait for all.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on once to every rank, which then save and stop at the same step. When a
-    rank fails, the others get ``GRACE_S`` seconds, then their process groups are killed.
+    rank fails, the others get ``GRACE_S`` seconds (``STOPPED_GRACE_S`` where it was told to stop), then their process
+    groups are killed.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + signal when a signal ended it).
     """
     port = _free_port()
-    ranks = [_start_rank(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
-    previous = {s: signal.signal(s, lambda signum, _: _signal_all(ranks, signum)) for s in STOP_SIGNALS}
+    ranks: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []
+
+    def tell(number: int, _frame: object) -> None:
+        told.append(number)
+        _signal_all(ranks, number)
+
+    previous = {number: signal.signal(number, tell) for number in STOP_SIGNALS}
     try:
-        return _wait(ranks)
+        for rank in range(num_ranks):
+            ranks.append(_start_rank(arguments, rank, num_ranks, port))
+        if told:  # before the last was there
+            _signal_all(ranks, told[0])
+        return _wait(ranks, told)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -105,24 +118,34 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
 
 def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     environment = {
+        # A rank that waits for one that has ended prints thirty frames of C++; why it ended stands above in one line.
+        **({} if os.environ.get("MEDGPT_DEBUG") else {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
         **os.environ,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
-    # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg reaches its children.
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    command = [sys.executable, "-m", "megatron_medgpt", *arguments]
+    # Python's own start would end in a traceback at Ctrl-C: the rank hears it when it can say so (``__main__``).
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg its children.
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], told: Sequence[int]) -> int:
     first_failed, deadline = None, None
     while None in [process.poll() for process in ranks]:  # of all: one that has failed behind one that waits is seen
         if deadline is None and (first_failed := _failed(ranks)) is not None:
-            deadline = time.monotonic() + GRACE_S
+            has_stopped = ranks[first_failed].returncode in {code for n in told for code in (128 + n, -n)}
+            deadline = time.monotonic() + (STOPPED_GRACE_S if has_stopped else GRACE_S)
         if deadline is not None and time.monotonic() > deadline:
             for process in ranks:
                 _kill_group(process)
         time.sleep(0.05)
+    if told and ranks[0].returncode == -signal.SIGKILL:  # before it could say so
+        print(f"medgpt: stopped by {signal.Signals(told[0]).name}", file=sys.stderr, flush=True)
     first_failed = _failed(ranks) if first_failed is None else first_failed
     if first_failed is None:
         return 0

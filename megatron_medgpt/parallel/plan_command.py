@@ -13,7 +13,7 @@ from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.config.load import apply_overrides, build, read_yaml, to_yaml
 from megatron_medgpt.config.presets import LANGUAGE, VISION
 from megatron_medgpt.config.schema import MODULES, BlendConfig, KernelConfig, ModelConfig, RunConfig, StageConfig
-from megatron_medgpt.parallel.cost import FP8_GAIN
+from megatron_medgpt.parallel.cost import FP8_GAIN, untimed
 from megatron_medgpt.parallel.flops import training_flops
 from megatron_medgpt.parallel.hardware import accelerator
 from megatron_medgpt.parallel.memory import model_parameters
@@ -170,6 +170,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
         "gpu": request.gpu.name,
         "efficiency": request.efficiency,
         "kernels": asdict(request.kernels),
+        "kernels_not_in_time": untimed(request.kernels),
         "parameters": asdict(model_parameters(request.model)),
         "step_flops": _step_flops(request),
         "fitting": plan.num_fitting,
@@ -270,7 +271,15 @@ def _time_lines(best: Candidate, request: Request) -> list[str]:
             else "as given"
         ),
         *([] if request.kernels.experts != "fp8" else [FP8_ASSUMED]),
+        *_untimed_lines(request),
     ]
+
+
+def _untimed_lines(request: Request) -> list[str]:
+    names = ", ".join(f"kernels.{name}={choice}" for name, choice in untimed(request.kernels).items())
+    if not names:
+        return []
+    return [f"the time that {names} may save is not predicted: measure a step and pass --efficiency"]
 
 
 def _refused_lines(plan: Plan) -> list[str]:

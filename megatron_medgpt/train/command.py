@@ -16,10 +16,19 @@ from megatron_medgpt.data.manifest import MANIFEST, read_manifest
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.scorers import check_protocol
 from megatron_medgpt.evaluate.tasks import TASKS, load_task
+from megatron_medgpt.observe.marker import (
+    NAME,
+    Status,
+    marker_text,
+    put_back,
+    read_state,
+    read_status,
+    write_marker,
+)
+from megatron_medgpt.observe.whole import write_whole
 from megatron_medgpt.parallel.launch import launched, run_ranks
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.train.layouts import check_stage
-from megatron_medgpt.train.marker import NAME, Status, read_status, write_marker
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +42,8 @@ def run_train(run: str, overrides: Sequence[str], *, num_ranks: int = 1, dry_run
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks}: must be at least 1")
     config = find_run(run, overrides)
+    if not dry_run:
+        _refuse_second(Path(config.out))  # in a rank: before all have met, so that none of its own has written yet
     if not launched():
         check_before_start(config, num_ranks)
         if num_ranks > 1:
@@ -48,12 +59,27 @@ def find_run(run: str, overrides: Sequence[str]) -> RunConfig:
     if run in RECIPES:
         return override_run(recipe(run), overrides)
     if run.endswith((".yaml", ".yml")) or os.path.exists(run):
-        return load_run(Path(run), overrides)
+        config = load_run(Path(run), overrides)
+        _refuse_moved(Path(run), config, overrides)
+        return config
     import difflib
 
     close = difflib.get_close_matches(run, RECIPES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(sorted(RECIPES))}"
     raise UsageError(f"{run!r} is neither a recipe nor a YAML file; {hint}")
+
+
+def _refuse_moved(file: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse to train elsewhere than in the run folder whose run.yaml was named: it was moved, copied, or named from
+    another folder than it was written in."""
+    folder = file.parent
+    if not (folder / NAME).is_file() or any(override.startswith("out=") for override in overrides):
+        return
+    if folder.resolve() != Path(config.out).resolve():
+        raise UsageError(
+            f"{file} lies in a run folder and says out={config.out}, which is another one; add out={folder} to "
+            f"continue the run that it lies in, or out={config.out}"
+        )
 
 
 def check_before_start(config: RunConfig, num_ranks: int) -> list[Layout]:
@@ -100,6 +126,24 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"out={out}: no permission to write in {there}; name another folder")
 
 
+def _refuse_second(out: Path) -> None:
+    """Refuse a run folder in which a run goes on: both would write its metrics and checkpoints."""
+    state = read_state(out)
+    if state is not None and state.alive:
+        raise UsageError(f"out={out}: a run goes on there ({state.process}); let it end, stop it, or set another out=")
+
+
+def _say_what_was(out: Path) -> None:
+    """What the log should tell about the attempt before this one, which could not say it itself."""
+    state = read_state(out)
+    if state is None or state.status != "running":
+        return
+    if state.cut_off:
+        log.warning("the run here %s", state.describe())
+    else:
+        log.warning("%s is %s; if it still goes on, stop one of the two: both write there", out, state.describe())
+
+
 def _check_questions(stage: StageConfig) -> None:
     """Refuse a set of questions that the first validation, perhaps hours away, could not ask."""
     at = f"stages.{stage.name}"
@@ -138,6 +182,15 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_log(rank)
     set_threads(config)
+    out, begun = Path(config.out), False
+    before = marker_text(out)  # before all ranks have met, so that none of this command has written yet
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+        if world.is_first:
+            _keep_settings(config)
+
     world = groups.start()
     try:
         layouts = " then ".join(layout.describe() for layout in check_before_start(config, world.size))
@@ -151,22 +204,28 @@ def train_here(config: RunConfig, *, dry_run: bool) -> int:
             run_dry(config, world)
             return 0
         if world.is_first:
-            out = Path(config.out)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-            keep_tokenizer(Path(config.tokenizer), out / "tokenizer")
+            _say_what_was(out)
             write_marker(out, "running")
-        end = run_stages(config, world)
+            if not (out / "run.yaml").exists():  # one that is there stays until this configuration goes with the rest
+                _keep_settings(config)
+        end = run_stages(config, world, begun=begin)
         if world.is_first:
-            write_marker(Path(config.out), end.status, step=end.step)
+            write_marker(out, end.status, step=end.step)
             log.info("%s after step %d; checkpoint %s", end.status, end.step, end.checkpoint)
         return 0
     except BaseException as error:
-        if Path(config.out).is_dir() and not dry_run:
-            _note_end(Path(config.out), error)
+        if out.is_dir() and not dry_run:
+            refused = isinstance(error, UsageError) and not begun
+            if not (refused and put_back(out, before)):
+                _note_end(out, error)
         raise
     finally:
         groups.stop()
+
+
+def _keep_settings(config: RunConfig) -> None:
+    write_whole(Path(config.out) / "run.yaml", to_yaml(config))
+    keep_tokenizer(Path(config.tokenizer), Path(config.out) / "tokenizer")
 
 
 def _note_end(out: Path, error: BaseException) -> None:

@@ -72,7 +72,7 @@ def _print_memory(console: Console, config: RunConfig, stage: StageConfig, layou
     console.print(title, soft_wrap=True)
     table = Table()
     for name in ("pipeline rank", "layers", "weights", "gradients", "optimizer", "activations", "total"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # whole words in a narrow terminal
     for pipeline_rank in range(layout.pipeline):
         memory = rank_memory(
             config.model, layout, stage, precision=config.precision, recompute=config.recompute,

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.train.build import Parts
 from megatron_medgpt.train.cadence import Cadence
 from megatron_medgpt.train.consumed import extend
@@ -38,16 +37,8 @@ class FitEnd:
 
 
 def fit(parts: Parts, progress: Progress, cadence: Cadence, stop: StopRequest) -> FitEnd:
-    """Train the stage from ``progress.stage_step`` to its end, an exit criterion, or a request to stop, and save there.
-
-    Raises:
-        UsageError: the stage was resumed behind its configured end.
-    """
-    if progress.stage_step >= parts.stage.num_steps:
-        raise UsageError(
-            f"stages.{parts.stage.name}.num_steps={parts.stage.num_steps}, but {progress.stage_step} steps are done "
-            "and the stage was not ended there; set it to more"
-        )
+    """Train the stage from ``progress.stage_step`` to its end, an exit criterion, or a request to stop, and save
+    there."""
     with parts.batches_from(progress.stage_step) as batches:
         while True:
             started = time.perf_counter()

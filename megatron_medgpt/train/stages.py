@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,23 +33,29 @@ class RunEnd:
     checkpoint: Path | None
 
 
-def run_stages(config: RunConfig, world: World) -> RunEnd:
+def run_stages(config: RunConfig, world: World, *, begun: Callable[[], None] = lambda: None) -> RunEnd:
     """Train every stage that is not finished yet, from the newest whole checkpoint of the run folder.
 
+    ``begun`` is called when the first of them is loaded; nothing that an earlier command has written is changed before:
+    it may still be found not to go with this configuration.
+
     Raises:
-        UsageError: the checkpoint belongs to another model, dataset or order of the data.
+        UsageError: the checkpoint belongs to another model, dataset or order of the data, or lies behind the end of its
+            stage.
     """
     newest = find_latest(Path(config.out) / "checkpoints")
     facts = read_facts(newest) if newest is not None else None
     first_stage, progress = _where_to_start(config, facts, newest)
     cadence = Cadence(config, first_rank=world.is_first, device=world.device)
-    cadence.open(progress.step)
     stop = StopRequest()
     status: Literal["done", "stopped"] = "done"
     try:
         for index in range(first_stage, len(config.stages)):
             parts = build_stage(config, index, world)
             _load(config, parts, newest, facts, world)
+            if index == first_stage:
+                begun()
+                cadence.open(progress.step)
             log.info(
                 "stage %s: %s, %d steps of %d rows x %d positions, from step %d%s",
                 parts.stage.name, parts.layout.describe(), parts.stage.num_steps, parts.stage.global_batch_rows,
@@ -98,6 +105,12 @@ def _where_to_start(config: RunConfig, facts: CheckpointFacts | None, newest: Pa
         if facts.stage_index + 1 < len(config.stages):
             progress.watch = Watch(config.stages[facts.stage_index + 1])
         return facts.stage_index + 1, progress
+    stage = config.stages[facts.stage_index]
+    if facts.stage_step >= stage.num_steps:
+        raise UsageError(
+            f"stages.{stage.name}.num_steps={stage.num_steps}, but {facts.stage_step} steps are done and the stage was "
+            "not ended there; set it to more"
+        )
     return facts.stage_index, progress
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -65,6 +67,66 @@ def test_what_the_machine_refuses_is_one_line_and_the_work_has_failed():
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("medgpt: failed: ") and "/proc/none" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def few_bytes() -> None:
+    """No file of this process may grow beyond 100 bytes: what a full disk is, as root too."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+def test_a_disk_that_is_full_is_named_with_its_file_and_what_was_there_stays(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: small\n")
+    (tmp_path / "report.html").write_text("of before")
+    command = [sys.executable, "-m", "megatron_medgpt", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=few_bytes)
+    assert (done.returncode, done.stderr) == (1, f"medgpt: failed: {tmp_path}/report.html: File too large\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run.yaml"]
+    assert (tmp_path / "report.html").read_text() == "of before"
+
+
+@pytest.mark.parametrize(
+    ("module", "opened", "line"),
+    [
+        ("observe.metrics", "MetricsWriter('x', tensorboard=False)", "{'step': 1, 'note': 'n' * 99}"),
+        ("evaluate.predictions", "AnswerFile('x/metrics.jsonl')", "[Prediction(question_id='q' * 99)]"),
+    ],
+)
+def test_lines_that_a_full_disk_does_not_take_name_their_file(tmp_path, module, opened, line):
+    write = f"with {opened} as file: file.write({line})"
+    code = f"from megatron_medgpt.{module} import *\ntry:\n {write}\nexcept OSError as error:\n print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, preexec_fn=few_bytes
+    )
+    assert done.stdout == "[Errno 27] File too large: 'x/metrics.jsonl'\n", done.stderr
+
+
+def test_a_folder_whose_name_is_no_text_is_worked_on_and_shown(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn"))
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    done = subprocess.run([sys.executable, "-m", "megatron_medgpt", "report", folder], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"/r\\udcfcn/report.html\n")
+    assert "<h1>r\\udcfcn</h1>" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_service_without_an_output_does_its_work(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: small\n")
+    line = f'"{sys.executable}" -m megatron_medgpt report "{tmp_path}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", line], timeout=60).returncode == 0
+    assert "<h1>small</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_was_removed_under_its_user_is_said(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("stages: [{name: align, data: [{path: captions}]}]\n")
+    medgpt = f'"{sys.executable}" -m megatron_medgpt report ../run'
+    line = f"mkdir gone && cd gone && rmdir ../gone && {medgpt}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "medgpt: failed: the folder in which medgpt was called is gone; change to one that is there\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["demoo", "nowhere.yaml"])

@@ -94,7 +94,7 @@ def _refused(convert: Callable[[], None], says: str) -> None:
 
 def test_a_disk_too_small_is_said_before_anything_is_written(disk, work):
     _fill(disk, 1_000_000)
-    _refused(lambda: work.run(disk / "out"), r"needs .* GB and its disk has 0\.00 GB free; free some space")
+    _refused(lambda: work.run(disk / "out"), r"needs .* MB and its disk has \d\.\d\d MB free; free some space")
     assert [path.name for path in disk.iterdir()] == ["other"]
     work.check_source()
 

@@ -66,6 +66,21 @@ def test_restarts_that_slurm_made_by_itself_are_counted_too(tmp_path):
     assert attempt.begin(tmp_path, 3, job="8")[0] == attempt.DONE, "sent anew"
 
 
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", attempt.GIVE_UP), ("PENDING", 0), ("", 0)])
+def test_a_second_job_is_not_begun_while_another_one_trains_in_the_folder(tmp_path, monkeypatch, state, code):
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$5" = 7 ] && echo {state}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert attempt.begin(tmp_path / "run", 3, job="7")[0] == attempt.DONE
+    (tmp_path / "run/state.json").write_text('{"status": "running"}')
+    found, reason = attempt.begin(tmp_path / "run", 3, job="8")
+    assert found == code
+    assert (tmp_path / "run/state.json").read_text() == (
+        '{"status": "running"}' if code else '{"status": "starting"}\n'
+    )
+    assert not code or f"job 7 trains in {tmp_path / 'run'}; scancel it first" in reason
+
+
 def test_a_job_that_may_not_be_requeued_starts_all_the_same(tmp_path):
     assert attempt.begin(tmp_path, 0, job="7")[0] == attempt.DONE
     (tmp_path / "state.json").write_text('{"status": "stopped"}')
@@ -262,6 +277,27 @@ def test_wrong_settings_are_one_line_that_names_them(tmp_path, capsys, changes, 
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_job_that_slurm_refuses_is_one_line_with_the_jobs_that_were_sent(tmp_path, capsys, monkeypatch):
+    script = (
+        "#!/bin/sh\ncase $* in *convert.sbatch*) echo 'error: no such' >&2; echo 'account' >&2; exit 1;; esac\necho 7\n"
+    )
+    (tmp_path / "sbatch").write_text(script)
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path))]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("submit: failed: job convert: error: no such; account. Jobs before it are sent; take them ")
+    assert said.endswith(" scancel 7 7\n") and said.count("\n") == 1
+    monkeypatch.setenv("PATH", str(tmp_path / "gone"))
+    assert submit.main(["chain", "--settings", str(settings_file(tmp_path))]) == 1
+    assert capsys.readouterr().err == "submit: failed: sbatch: No such file or directory\n"
+
+
+def test_settings_that_are_not_there_are_named_once(tmp_path, capsys):
+    assert submit.main(["train", "--settings", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err == f"submit: error: {tmp_path}/c.yaml: No such file or directory\n"
 
 
 def test_the_example_settings_are_complete(capsys, tmp_path):

@@ -16,8 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_medgpt.commands.stopping import Stopped, stoppable
 from megatron_medgpt.ingest.phantom_study import make_phantoms
+from megatron_medgpt.parallel.launch import run_ranks
 from tests.small_data import picture, small_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,7 +36,7 @@ def stopped(
 ) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr, and seconds until the end of a command that gets a signal as a terminal sends it: to
     its whole process group."""
-    command = [sys.executable, "-m", "megatron_medgpt.cli", *arguments]
+    command = [sys.executable, "-m", "megatron_medgpt", *arguments]
     process = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=_as_in_a_terminal,
@@ -49,6 +53,63 @@ def stopped(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_command_that_is_still_being_imported_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "typer.py").write_text("from pathlib import Path; import time; Path('here').touch(); time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    code, said, seconds = stopped(["doctor"], signal.SIGINT, when=(tmp_path / "here").exists, folder=tmp_path)
+    assert (code, said) == (128 + signal.SIGINT, ["medgpt: stopped by SIGINT"])
+    assert seconds < 20
+
+
+def test_a_signal_in_the_middle_of_an_import_is_heard_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch registers while it is imported aborts the process when an exception comes through it."""
+    (tmp_path / "told_while_imported.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nWHOLE = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    whole = []
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable():
+        import told_while_imported
+
+        whole.append(told_while_imported.WHOLE)
+        time.sleep(30)
+    assert whole == [True]
+
+
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_still_one() -> None:
+    with pytest.raises(Stopped, match="stopped by SIGINT"), stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        except BaseException:
+            raise KeyError("a key") from None
+    with pytest.raises(KeyError), stoppable():
+        raise KeyError("a key")
+
+
+def test_a_rank_whose_python_is_still_starting_ends_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"from pathlib import Path; import time; Path({str(here)!r}).touch(); time.sleep(1)"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+
+    def tell() -> None:
+        while not here.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=tell, daemon=True).start()
+    assert run_ranks(["doctor"], 1) == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "medgpt: stopped by SIGINT\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -68,7 +129,7 @@ def test_a_stopped_ingest_keeps_its_whole_shards_and_continues(tmp_path: Path, n
     whole = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").glob("shard-00000.*")}
     if number == signal.SIGTERM:
         return
-    command = [sys.executable, "-m", "megatron_medgpt.cli", *line]
+    command = [sys.executable, "-m", "megatron_medgpt", *line]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=90)
     assert json.loads((tmp_path / "new" / "dataset.json").read_text())["num_samples"] == len(rows)
     assert all(path.stat().st_mtime_ns == then for path, then in whole.items()), "written anew"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_medgpt.checkpoint.find import find_latest, read_facts, resolve_checkpoint
+from megatron_medgpt.checkpoint.manifest import read_manifest
 from megatron_medgpt.checkpoint.metadata import stored_tensors
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import load_run
@@ -162,6 +163,8 @@ def test_a_run_is_evaluated_under_several_protocols_with_one_loading(uninterrupt
         result = json.loads((tmp_path / "eval" / f"colours.{protocol}.json").read_text())
         assert (result["protocol"], result["n"], result["failed"]) == (protocol, 4, 0)
         assert set(result["controls"]) == {"blank_image", "shuffled_image", "text_only"}
+        whole = find_latest(Path(uninterrupted.out) / "checkpoints")
+        assert result["engine"] == f"checkpoint {whole.name}@{read_manifest(whole).digest[:12]}", "steps are no names"
         assert result["settings"].get("max_new_tokens") == (None if protocol == "official-prefix" else 8)
         assert len(json.loads((tmp_path / "eval" / f"colours.{protocol}.gallery.json").read_text())) == 4
     with pytest.raises(UsageError, match="--protocol letters; allowed: official-qa"):
@@ -240,8 +243,24 @@ def test_resuming_with_other_data_order_is_refused(base, tmp_path):
     train_here(replace(run, stages=(replace(run.stages[0], num_steps=6),)), dry_run=False)
     checkpoint = find_latest(Path(run.out) / "checkpoints")
     (checkpoint.parent / "step-00000006").rename(tmp_path / "end")  # the run now stands in the middle of the stage
-    with pytest.raises(UsageError, match="data plan of stage align has changed"):
-        train_here(replace(run, seed=run.seed + 1), dry_run=False)
+    out = Path(run.out)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n')  # of a step after the checkpoint
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_bytes((out / "tokenizer" / "tokenizer.json").read_bytes())
+    (tmp_path / "words" / "note").touch()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shorter = replace(run, stages=(replace(run.stages[0], num_steps=2), run.stages[1]))
+    for other, says in (
+        (replace(run, seed=run.seed + 1), "data plan of stage align has changed"),
+        (shorter, "num_steps=2, but 3 steps are done"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            train_here(replace(other, tokenizer=str(tmp_path / "words")), dry_run=False)
+    plans = out / "plans"
+    assert before == {
+        p: p.read_bytes() for p in out.rglob("*") if p.is_file() and (plans not in p.parents or p in before)
+    }
 
 
 def test_a_dry_run_prints_sizes_and_writes_nothing(base, tmp_path, capsys):

@@ -6,6 +6,7 @@
 A run is requeued when it was stopped (a signal ahead of the time limit or a preemption), when it crashed (an error that
 nobody expected, such as a lost peer), or when its ranks are gone without a word (a killed process, a lost node). It is
 given up when it says that it failed, when it never began, or after K restarts in a row that brought no new checkpoint.
+It is not begun while another job trains in its folder.
 When a node is lost Slurm may end this job's script too and requeue it by itself; such a restart is counted when the
 next attempt begins.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def begin(out: Path, max_restarts: int, job: str = "") -> tuple[int, str]:
     out.mkdir(parents=True, exist_ok=True)
     history, step = _history(out), newest_step(out)
     if history.get("job") != job:  # somebody has sent it anew
+        if history.get("undecided") and _is_running(history["job"]):
+            return GIVE_UP, f"given up: job {history['job']} trains in {out}; scancel it first, or set another out"
         history = {"job": job, "step": step, "restarts_without_progress": 0}
     elif history.get("undecided"):
         _count(history, step)
@@ -77,6 +81,15 @@ def decide(out: Path, max_restarts: int) -> tuple[int, str]:
         return GIVE_UP, f"not requeued: {restarts} restarts in a row without a checkpoint after step {step}"
     what = {"stopped": "stopped", "crashed": f"crashed ({state.get('reason')})"}.get(status, "ended without a word")
     return REQUEUE, f"requeued: {what}; checkpoint of step {step}, {restarts} restart(s) without a new one"
+
+
+def _is_running(job: str) -> bool:
+    """Whether Slurm has this job on its nodes; no where it cannot say."""
+    try:
+        states = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return states.stdout.strip() in ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 
 
 def _count(history: dict, step: int) -> None:

@@ -54,6 +54,10 @@ class SettingsError(Exception):
     """Names the setting and what is allowed."""
 
 
+class NotSent(Exception):
+    """Names the job that Slurm did not take."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One sbatch call."""
@@ -74,7 +78,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(given, dict):
         raise SettingsError(f"{path}: expected name: value lines")
@@ -225,7 +231,7 @@ def submit(jobs: list[Job], workspace: Path, *, dry_run: bool) -> list[str]:
     """Submit every job after the one before it; returns their numbers (or placeholders).
 
     Raises:
-        SettingsError: sbatch refused a job; names the job and repeats what sbatch said.
+        NotSent: sbatch refused a job; names the job, repeats what sbatch said, and says which are sent already.
     """
     folder, numbers = workspace / "slurm", []
     for job in jobs:
@@ -242,7 +248,9 @@ def submit(jobs: list[Job], workspace: Path, *, dry_run: bool) -> list[str]:
         write_private(file, "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items()))
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SettingsError(f"job {job.name}: {(done.stderr or done.stdout).strip()}")
+            said = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+            sent = f". Jobs before it are sent; take them back with scancel {' '.join(numbers)}" if numbers else ""
+            raise NotSent(f"job {job.name}: {said}{sent}")
         numbers.append(done.stdout.strip().split(";")[0])
         print(f"{job.name}: job {numbers[-1]}" + (f" after {numbers[-2]}" if len(numbers) > 1 else ""))
     return numbers
@@ -260,6 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"submit: error: {error}", file=sys.stderr)
         return 2
+    except NotSent as error:
+        print(f"submit: failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # no sbatch here, a workspace that cannot be written
+        print(f"submit: failed: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -7,7 +7,6 @@ them); ``exclude.jsonl`` one line per training sample to leave out (``stages.*.e
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from megatron_medgpt.evaluate.leakage.nearest import pairs_within
 from megatron_medgpt.evaluate.leakage.ngrams import TextIndex
 from megatron_medgpt.evaluate.leakage.pairs import picture_pairs, text_pairs
 from megatron_medgpt.evaluate.tasks.question import Question, Task
+from megatron_medgpt.observe.whole import write_whole
 
 _MESSAGE = re.compile(r"<\|message\|>(.*?)<\|(?:end|return)\|>", re.S)
 _CONTROL = re.compile(r"<\|[a-z0-9_]+\|>")
@@ -252,6 +252,4 @@ def _write(out: Path, summary: dict[str, Any], found: Sequence[Found], listed: s
         ("exclude.jsonl", "".join(lines)),
         ("leakage.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"),
     ):
-        aside = out / f".{name}.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, out / name)
+        write_whole(out / name, text)

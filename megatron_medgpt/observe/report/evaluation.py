@@ -53,7 +53,7 @@ def answerer(result: Mapping[str, Any]) -> str:
     engine = result.get("engine", "")
     if engine.startswith("endpoint ") and " model " in engine:
         return engine.split(" model ", 1)[1]
-    return engine if engine.startswith("transformers ") else "This model"
+    return engine.partition("@")[0] if engine.startswith("transformers ") else "This model"
 
 
 def _said_by(result: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -12,11 +11,13 @@ import jinja2
 import yaml
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.observe.marker import RunState, read_state
 from megatron_medgpt.observe.report import charts, evaluation, gallery, leakage
 from megatron_medgpt.observe.report.curves import Metrics, read_metrics
 from megatron_medgpt.observe.report.datasets import datasets
 from megatron_medgpt.observe.report.events import write_events
 from megatron_medgpt.observe.report.files import read_json
+from megatron_medgpt.observe.whole import write_whole
 
 HERE = Path(__file__).parent
 CURVES = (
@@ -33,9 +34,9 @@ CURVES = (
 def write_report(run_dir: Path | str) -> Path:
     """Write ``run_dir/report.html`` from what the run left there, and return its path.
 
-    Read, each if present: ``run.yaml``, ``metrics.jsonl``, ``eval/*.json`` with their galleries, ``summary.json``,
-    ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report``
-    where the run has TensorBoard.
+    Read, each if present: ``run.yaml``, ``state.json``, ``metrics.jsonl``, ``eval/*.json`` with their galleries,
+    ``summary.json``, ``leakage/leakage.json``. Evaluations and pictures also go into ``tensorboard/report`` where the
+    run has TensorBoard.
 
     Raises:
         UsageError: not a folder, or none of these files is in it.
@@ -57,6 +58,7 @@ def write_report(run_dir: Path | str) -> Path:
         .get_template("page.html")
         .render(
             name=config.get("name") or run_dir.name,
+            state=_state(read_state(run_dir)),
             tiles=_tiles(metrics, results, summary),
             stages=_stages(config, metrics),
             curves=_curves(metrics),
@@ -73,9 +75,7 @@ def write_report(run_dir: Path | str) -> Path:
         )
     )
     out = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, page)
     last_step = int(metrics.rows[-1]["step"]) if metrics.rows else 0
     write_events(run_dir, results, galleries[0]["cards"] if galleries else [], last_step)
     return out
@@ -102,6 +102,16 @@ def _environment() -> jinja2.Environment:
     environment.filters["percent"] = lambda value, places=1: "–" if value is None else f"{value:.{places}%}"
     environment.filters["thousands"] = lambda value: f"{value:,}"
     return environment
+
+
+def _state(state: RunState | None) -> dict[str, Any] | None:
+    """How a run stands that has not come to its end; ``trouble`` where somebody has to look."""
+    if state is None or state.status == "done":
+        return None
+    trouble = state.cut_off or state.status in ("failed", "crashed")
+    goes_on = state.status in ("running", "starting") and not state.cut_off
+    subject = "When this page was written this run was" if goes_on else "This run"
+    return {"subject": subject, "said": state.describe(), "trouble": trouble}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Usage: engine_worker.py FOLDER LAYOUT [LAYOUT ...], a layout being "tensor,pipeline,expert" and, where chunks are
 interleaved, the chunks of a pipeline rank. The first call writes the checkpoint; every rank writes
-FOLDER/LAYOUT-rankN.json for each layout.
+FOLDER/LAYOUT-rankN.json for each layout, and then learns from a row: a model that has answered can be trained.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_medgpt.checkpoint.load import load_checkpoint
@@ -19,6 +20,7 @@ from megatron_medgpt.checkpoint.save import CheckpointFacts, save_checkpoint
 from megatron_medgpt.checkpoint.state import load_weights, model_state
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.data.collate import RowShape, batch_of_documents
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.evaluate.command import run_eval
 from megatron_medgpt.evaluate.forward import LayoutForward
@@ -26,6 +28,7 @@ from megatron_medgpt.evaluate.from_checkpoint import CheckpointEngine
 from megatron_medgpt.evaluate.generate import GreedyEngine
 from megatron_medgpt.evaluate.likelihood import LikelihoodEngine
 from megatron_medgpt.model.build import build_model
+from megatron_medgpt.model.medgpt import MedGPT
 from megatron_medgpt.parallel import groups as process_groups
 from megatron_medgpt.parallel.plan import make_layout
 from megatron_medgpt.types import ImageSpec
@@ -36,6 +39,21 @@ IMAGE = ImageSpec(
 )
 NEW_TOKENS = 24
 """More than the sliding window (16) holds."""
+
+
+def learn_from_one_row(model: MedGPT, forward: LayoutForward, tokenizer: Tokenizer) -> None:
+    """Gradients of one row. Under torch.inference_mode answering would leave the engine with tensors that autograd
+    refuses: the buffers of gathered sequences, the angles of positions."""
+    shape = RowShape(
+        sequence_length=64, image_mark_id=tokenizer.image_mark_id, pad_id=tokenizer.pad_id,
+        tokens_per_image=IMAGE.num_tokens,
+    )  # fmt: skip
+    document = (np.arange(10, 60, dtype=np.int32), [(20, 50)], [])
+    batch, _ = batch_of_documents([document], shape=shape, source=None, keep=forward.own_positions(64))
+    model.train()
+    model(batch).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def main(folder: Path, layouts: list[str]) -> None:
@@ -76,6 +94,8 @@ def main(folder: Path, layouts: list[str]) -> None:
                 item.question.question_id: [item.error, item.option_losses or item.output] for item in items
             }
         (folder / f"{text}-rank{world.rank}.json").write_text(json.dumps(answers))
+        if pipeline == 1:
+            learn_from_one_row(chunks[0], forward, tokenizer)
         process_groups.destroy_groups()
     process_groups.stop()
 

@@ -14,7 +14,7 @@ from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.evaluate.command import run_eval, sample
 from megatron_medgpt.evaluate.controls import apply_control, blank_picture, deal
 from megatron_medgpt.evaluate.gallery import write_gallery
-from megatron_medgpt.evaluate.predictions import Prediction
+from megatron_medgpt.evaluate.predictions import AnswerFile, Prediction
 from megatron_medgpt.evaluate.tasks import load_task
 
 
@@ -98,8 +98,21 @@ def test_answers_of_another_model_are_not_continued(folder, tmp_path):
     run_eval("phantoms", folder, out, engine=Reader(), protocol="letter", controls=())
     other = Reader()
     other.description = "another"
-    with pytest.raises(UsageError, match="another engine"):
+    with pytest.raises(UsageError, match=r"begun with another model \(reader, now another\); remove it"):
         run_eval("phantoms", folder, out, engine=other, protocol="letter", controls=())
+
+
+def test_two_evaluations_do_not_write_the_same_answers(folder, tmp_path):
+    settings = {"engine": Reader(), "protocol": "letter", "controls": ()}
+    with AnswerFile(tmp_path / "one.answers.jsonl") as file:
+        file.write([Prediction(question_id="P_0000", text="CT scan")])
+        with pytest.raises(
+            UsageError, match=r"another evaluation is writing .*one\.answers\.jsonl; let it end, or give"
+        ):
+            run_eval("phantoms", folder, tmp_path / "one.json", **settings)
+        run_eval("phantoms", folder, tmp_path / "two.json", **settings)
+    assert len((tmp_path / "one.answers.jsonl").read_text().splitlines()) == 1
+    assert run_eval("phantoms", folder, tmp_path / "one.json", **settings)[0]["n"] == 64
 
 
 def test_without_pictures_every_question_fails_and_counts(folder, tmp_path):

@@ -25,23 +25,30 @@ from megatron_medgpt.evaluate.tasks import load_task
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._send(200, {"data": [{"id": "med"}]})
+        self._send(self.server.state.get("models", 200), {"data": [{"id": "med"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         state = self.server.state
         content = body["messages"][0]["content"]
+        if isinstance(content, str):  # the word that a server is asked for whose first answers failed
+            state["words"] = state.get("words", 0) + 1
+            self._send(*state.get("word", reply("Hello")), whole=True)
+            return
         text = content[-1]["text"]
         number = int(text.split("number ")[1].split("?")[0])
         state["requests"].append((number, body))
-        status, reply = state["answer"](number, sum(n == number for n, _ in state["requests"]))
-        self._send(status, reply)
+        status, answer = state["answer"](number, sum(n == number for n, _ in state["requests"]))
+        self._send(status, answer)
 
-    def _send(self, status, reply):
-        data = json.dumps(reply).encode()
+    def _send(self, status, reply, *, whole=False):
+        data = json.dumps(reply, indent=1).encode()  # of several lines, as a proxy's page is
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if whole:
+            self.wfile.write(data)
+            return
         if self.server.state.get("reset"):
             self.wfile.flush()
             time.sleep(0.02)  # the client has the headers
@@ -63,7 +70,7 @@ def reply(text, *, model="med", finish="stop"):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.state = {"requests": [], "answer": lambda number, attempt: reply("ABCD"[number % 4])}
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -148,6 +155,49 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_pa
     assert (summary["n"], summary["accuracy"], summary["failed"]) == (60, 1.0, 0)
     times = Counter(number for number, _ in server.state["requests"])
     assert all(times[number] == 1 for number in range(30))
+
+
+@pytest.mark.parametrize(
+    "word", [(503, {"error": "loading\nthe model"}), (200, {"choices": []}), reply("Hello", model="gpt-other")]
+)
+def test_a_server_that_answers_nothing_from_the_first_question_is_asked_no_more(server, tmp_path, word, caplog):
+    folder = omnimedvqa_folder(tmp_path / "many", num_questions=60)
+    server.state |= {"answer": lambda number, attempt: (503, {"error": "loading\nthe model"}), "word": word}
+    out = tmp_path / "result.json"
+    with pytest.raises(WorkError, match=r"the first 8 questions all failed, the last with: .*HTTP 503.*") as refused:
+        run_eval("phantoms", folder, out, engine=engine_of(server, retries=1), protocol="letter", controls=())
+    assert "\n" not in str(refused.value)
+    assert "HTTP 503" in caplog.text and len(caplog.records) == 1, "said at the first fault, and once"
+    assert (server.state["words"], out.exists()) == (1, False)
+    assert len({number for number, _ in server.state["requests"]}) <= 8 + 2 * 4, "no more than were under way"
+    server.state["answer"] = lambda number, attempt: reply("ABCD"[number % 4])
+    summary, _ = run_eval("phantoms", folder, out, engine=engine_of(server), protocol="letter", controls=())
+    assert (summary["n"], summary["accuracy"], summary["failed"]) == (60, 1.0, 0)
+
+
+def test_questions_that_a_server_refuses_which_answers_others_are_counted_though_they_come_first(server, tmp_path):
+    folder = omnimedvqa_folder(tmp_path / "many", num_questions=40)
+    server.state["answer"] = lambda number, attempt: (
+        reply("ABCD"[number % 4]) if number >= 12 else (400, {"error": "long"})
+    )
+    summary, _ = run_eval(
+        "phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=()
+    )
+    assert (summary["n"], summary["correct"], summary["failed"], server.state["words"]) == (40, 28, 12, 1)
+
+
+def test_a_server_that_is_not_there_is_said_at_once(server):
+    port = server.server_port
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(WorkError, match=r"/models failed: \[Errno 111\] Connection refused; is the server up"):
+        EndpointEngine(f"http://127.0.0.1:{port}", pause_s=60)
+
+
+def test_a_server_that_wants_a_key_is_said_with_where_to_give_it(server):
+    server.state["models"] = 401
+    with pytest.raises(WorkError, match=r"/models failed: HTTP 401: .*; give the server's key in MEDGPT_API_KEY"):
+        engine_of(server)
 
 
 def test_a_server_that_answers_as_another_model_ends_the_run_and_is_named(server, tmp_path, monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from question_folders import omnimedvqa_folder
+from safetensors.torch import load_file, save_file
 
 from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.data.text import IMAGE_TOKEN, train_tokenizer
 from megatron_medgpt.evaluate.engine import HuggingFaceEngine
+from megatron_medgpt.evaluate.folder_identity import folder_fingerprint
 from megatron_medgpt.evaluate.hugging_face import HuggingFaceFolderEngine
 from megatron_medgpt.evaluate.score import score_answers
 from megatron_medgpt.evaluate.tasks import load_task
@@ -95,3 +99,18 @@ def test_one_loading_answers_under_every_protocol(export, task):
     assert [len(of_question) for of_question in losses] == [4] * 4
     assert engine.settings("official-prefix") == {}
     assert engine.settings("official-qa")["max_new_tokens"] == 4
+
+
+def test_a_model_exported_anew_under_the_same_name_is_another_one(export, tmp_path):
+    copy = tmp_path / "elsewhere" / export.name
+    shutil.copytree(export, copy)
+    assert folder_fingerprint(copy) == folder_fingerprint(export)
+    (copy / "README.md").write_text("a card with results")
+    assert folder_fingerprint(copy) == folder_fingerprint(export)
+    weights = load_file(copy / "model.safetensors")
+    trained = next(name for name in weights if "multi_modal_projector" in name)
+    weights[trained] = weights[trained] + 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert folder_fingerprint(copy) != folder_fingerprint(export)
+    assert HuggingFaceEngine(copy).description != HuggingFaceEngine(export).description
+    assert HuggingFaceEngine(export).description == HuggingFaceFolderEngine(export).description

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from megatron_medgpt.config.errors import UsageError
 from megatron_medgpt.observe import doctor
+from megatron_medgpt.observe.marker import write_marker
 
 
 @pytest.fixture
@@ -116,6 +118,15 @@ def test_a_full_disk_is_a_warning(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     assert finding("disk")["status"] == "warning"
+
+
+def test_a_run_is_looked_at_too_when_it_is_named(tmp_path, capsys):
+    write_marker(tmp_path, "failed", reason="step 3: loss is not finite")
+    assert doctor.run_doctor(run=tmp_path) == 0, "the machine is well"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if f"run {tmp_path}" in line)
+    assert line.startswith(" warning") and line.endswith("  failed: step 3: loss is not finite")
+    with pytest.raises(UsageError, match=r"--run .*gone: no state\.json there"):
+        doctor.examine(tmp_path / "gone")
 
 
 def test_it_answers_quickly_and_imports_nothing_heavy_but_torch():

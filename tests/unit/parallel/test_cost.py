@@ -6,9 +6,10 @@ import pytest
 
 from megatron_medgpt.config.presets import GPT_OSS_20B, GPT_OSS_120B
 from megatron_medgpt.config.schema import KernelConfig, ModelConfig, ParallelConfig
-from megatron_medgpt.parallel.cost import Work, chunk_seconds, distinct_places, exchange_bytes, step_seconds
+from megatron_medgpt.parallel.cost import Work, chunk_seconds, distinct_places, exchange_bytes, step_seconds, untimed
 from megatron_medgpt.parallel.hardware import accelerator
 from megatron_medgpt.parallel.plan import make_layout
+from megatron_medgpt.parallel.plan_command import run_plan
 from megatron_medgpt.parallel.published import (
     EFFICIENCY,
     HELD_OUT,
@@ -137,3 +138,31 @@ def test_packed_experts_pay_for_being_decoded_in_both_passes():
     decoding = 24 * 32 * 3 * 2880**2 * (17 / 32 + 2) / H100.memory_bandwidth
     assert packed.forward - plain.forward == pytest.approx(decoding)
     assert packed.backward - plain.backward == pytest.approx(decoding)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"router": "fused"}, {"projector": "fused"}, {"experts": "bf16"}, {"experts": "fp8"}, {"experts": "mxfp4"},
+        {"dispatch": "fp8"}, {"loss": "chunked"}, {"experts": "fp8", "expert_schedule": "tma"},
+        {"experts": "mxfp4", "permute": "fused"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_kernel_changes_the_predicted_time_or_is_named_as_one_that_does_not(choices):
+    layout = make_layout(ParallelConfig(expert=8), MODEL, 8)
+
+    def seconds(**chosen):
+        return step_seconds(MODEL, layout, H100, replace(WORK, kernels=KernelConfig(**chosen)), efficiency=0.4).total
+
+    named = untimed(KernelConfig(**choices))
+    known = {name: choice for name, choice in choices.items() if name not in named}
+    assert named.items() <= choices.items()
+    assert seconds(**choices) == seconds(**known)
+    assert (seconds(**known) != seconds()) == bool(known)
+
+
+def test_a_plan_says_which_kernels_its_time_does_not_know():
+    text = run_plan("gpt-oss-20b", ["kernels.router=fused", "kernels.loss=chunked"], gpus=8)
+    assert "the time that kernels.router=fused may save is not predicted" in text
+    assert "is not predicted" not in run_plan("gpt-oss-20b", ["kernels.loss=chunked"], gpus=8)

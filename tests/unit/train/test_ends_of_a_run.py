@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_medgpt.config.errors import UsageError, WorkError
+from megatron_medgpt.config.load import to_yaml
 from megatron_medgpt.config.schema import KernelConfig, RunConfig
+from megatron_medgpt.observe.marker import write_marker
 from megatron_medgpt.train import command, stages
-from megatron_medgpt.train.marker import write_marker
 from tests.small_data import small_run
 
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_an_ending_is_recorded_with_its_reason(
     run: RunConfig, error: BaseException, state: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         assert _state(run)["status"] == "running"
         raise error
 
@@ -58,6 +59,46 @@ def test_a_kernel_that_cannot_serve_the_machine_is_refused_before_anything_is_wr
     with pytest.raises(UsageError, match=r"kernels\.attention=flex: .* set it to auto"):
         command.train_here(config, dry_run=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_goes_on_is_not_joined_by_a_second_and_one_that_was_cut_off_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(run), encoding="utf-8")
+    trained = []
+    monkeypatch.setattr(
+        stages,
+        "run_stages",
+        lambda *_, **__: trained.append(1) or stages.RunEnd(status="done", step=1, checkpoint=None),
+    )
+    out = Path(run.out)
+    write_marker(out, "running")
+    with pytest.raises(
+        UsageError, match=r"a run goes on there \(process \d+ on .*; let it end, stop it, or set another out="
+    ):
+        command.run_train(str(path), [])
+    with pytest.raises(UsageError, match="a run goes on there"):
+        command.run_train(str(path), [], num_ranks=2)
+    assert trained == [] and _state(run)["status"] == "running"
+
+    marker = _state(run)
+    (out / "state.json").write_text(json.dumps(marker | {"began": 1}))
+    assert command.run_train(str(path), []) == 0
+    assert trained == [1] and _state(run)["status"] == "done"
+    assert "warning: the run here ended without a word" in capfd.readouterr().err
+
+
+def test_a_run_folder_that_was_moved_is_not_taken_for_the_one_it_came_from(run: RunConfig, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    write_marker(moved, "stopped", step=3)
+    (moved / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"says out={run.out}, which is another one; add out={moved} to continue"):
+        command.find_run(str(moved / "run.yaml"), [])
+    assert command.find_run(str(moved / "run.yaml"), [f"out={moved}"]).out == str(moved)
+    (tmp_path / "copy.yaml").write_text(to_yaml(run), encoding="utf-8")
+    assert command.find_run(str(tmp_path / "copy.yaml"), []).out == run.out
 
 
 def _state(run: RunConfig) -> dict:

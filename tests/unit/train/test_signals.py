@@ -1,20 +1,11 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 
 import pytest
 
 from megatron_medgpt.train import guard
-from megatron_medgpt.train.marker import write_marker
-
-
-def test_the_marker_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path):
-    write_marker(tmp_path / "run", "running")
-    write_marker(tmp_path / "run", "stopped", step=7)
-    assert json.loads((tmp_path / "run/state.json").read_text()) == {"status": "stopped", "step": 7}
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["state.json"]
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ class Schedule:
     num_stages: int = 3
     num_warps: int = 8
 
-    def blocks(self, kind: str, tile: int, columns: int) -> dict[str, int]:
+    def blocks(self, kind: str, tile: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
         return {
-            "BLOCK_M": tile, "BLOCK_N": columns, "BLOCK_K": 128 if kind == "fp8" else 64, "GROUP": GROUP,
+            "BLOCK_M": tile, "BLOCK_N": columns, "BLOCK_K": 128 if kind == "fp8" else sum_block(dtype), "GROUP": GROUP,
             "num_warps": self.num_warps, "num_stages": self.num_stages,
         }  # fmt: skip
 
@@ -102,6 +102,12 @@ class Weights:
         return descriptor(stored, block), rows_are_k
 
 
+def sum_block(dtype: torch.dtype) -> int:
+    """Of a product's sum, how much is loaded at a time. fp32 has no tensor cores for exact products: 64 would take 295 KB
+    of shared memory in four stages, and 27 KB of stack a thread (Triton 3.6, sm_90)."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def backward_columns(kind: str) -> int:
     """Of a tile of the gradient of a: in FP8 those of one group of 128 columns of dz, which are rounded together."""
     return 64 if kind == "fp8" else 128
@@ -152,7 +158,7 @@ def _weight_arguments(schedule: Schedule, w: Weights, blocks: dict[str, int], *,
 def gate_up_fwd(schedule: Schedule, x, x_scales, w: Weights, bias, z, a, a_scales, index: RowIndex, limit, slots):
     """Fills z, a and (fp8) the scales of a."""
     (H, G), num_m = w.sizes, index.num_rows // index.tile
-    blocks = schedule.blocks(w.kind, index.tile, FORWARD_COLUMNS)
+    blocks = schedule.blocks(w.kind, index.tile, FORWARD_COLUMNS, z.dtype)
     tile = blocks if w.kind == "plain" else {**blocks, "BLOCK_N": FORWARD_COLUMNS // 2}  # a half is loaded at a time
     weight, strides, named = _weight_arguments(schedule, w, tile, transposed=False)
     scale_strides, named = w.scale_strides(transposed=False), {**named, **blocks}
@@ -172,7 +178,7 @@ def rows_times(
     """Fills ``out`` with rows times their expert's weight, plus its bias where there is one. Where a token has one
     slot a row goes to its token, times its weight where there is a bias."""
     K, N = w.sizes[::-1] if transposed else w.sizes
-    num_m, blocks = index.num_rows // index.tile, schedule.blocks(w.kind, index.tile, ROW_COLUMNS)
+    num_m, blocks = index.num_rows // index.tile, schedule.blocks(w.kind, index.tile, ROW_COLUMNS, out.dtype)
     weight, strides, named = _weight_arguments(schedule, w, blocks, transposed=transposed)
     scale_strides, named = w.scale_strides(transposed=transposed), {**named, **blocks}
     common = {
@@ -196,7 +202,7 @@ def down_bwd(
     """Fills dz, ``weight * a``, each tile's part of the router weights' gradient, and (fp8) dz as FP8 rows."""
     (F, H), num_m = w.sizes, index.num_rows // index.tile
     columns = backward_columns(w.kind)
-    blocks = schedule.blocks(w.kind, index.tile, columns)
+    blocks = schedule.blocks(w.kind, index.tile, columns, z.dtype)
     weight, strides, named = _weight_arguments(schedule, w, blocks, transposed=True)
     scale_strides, named = w.scale_strides(transposed=True), {**named, **blocks}
     made = (grad, grad_scales, weight, w.scales, dots_TE, z, weights_TK, dz, dz_codes, dz_scales, weighted_a, parts,

@@ -132,7 +132,7 @@ def weight_grads(
     check_shape("grad_bias_EN", grad_bias_EN, (E, N_SIZE))
     check_same_dtype("a", a=a, b=b)
     check_contiguous(a=a, b=b, weights_TK=weights_TK, grad_EKN=grad_EKN, grad_bias_EN=grad_bias_EN)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 64}
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": launch.sum_block(a.dtype)}
     _gradients().weight_grad_kernel[(launch.cdiv(K_SIZE, 128), launch.cdiv(N_SIZE, 128), E)](
         a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE,
         SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-
 AHEAD_CYCLES = 2_000_000
 """For which the device waits before each timed call, a millisecond: the host gets ahead, as it is in training, and what
 is timed is the device's work, not Python's."""

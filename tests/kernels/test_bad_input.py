@@ -59,6 +59,10 @@ SERVED = {
     permute.exchange_fp8: {"rows_MH": zeros(4, 8), "forth": same, "back": same},
     mx.quantise_rows: {"x_MK": zeros(4, 8)},
     mx.quantise_tiles: {"w_ERC": zeros(2, 4, 8)},
+    mx.quantise_tiles_in: {"w_ERC": zeros(2, 4, 8), "plain": False, "flipped": True},
+    mx.mxfp4_to_e4m3_in: {
+        "blocks": zeros(1, 4, 2, 16, dtype=BYTE), "scales": zeros(1, 4, 2, dtype=BYTE), "plain": True, "flipped": False
+    },
     mx.quantise_mxfp4: {"w": zeros(4, 64)},
     mx.dequantise_mxfp4: {"blocks": zeros(4, 2, 16, dtype=BYTE), "scales": zeros(4, 2, dtype=BYTE)},
     mx.mxfp4_to_e4m3: {"blocks": zeros(1, 4, 2, 16, dtype=BYTE), "scales": zeros(1, 4, 2, dtype=BYTE)},
@@ -200,6 +204,14 @@ REFUSED = {
         ("w_ERC", zeros(2, 4, 8, dtype=INT), "w_ERC is int32; allowed: bfloat16"),
         ("w_ERC", strided(2, 4, 8), "w_ERC is not contiguous"),
     ],
+    mx.quantise_tiles_in: [
+        ("w_ERC", zeros(4, 8), "w_ERC has shape (4, 8); allowed: (E, R, C)"),
+        ("flipped", False, "plain and flipped are both False; one of them must be wanted"),
+    ],
+    mx.mxfp4_to_e4m3_in: [
+        ("scales", zeros(1, 4, 2), "scales is float32; allowed: uint8"),
+        ("plain", False, "plain and flipped are both False; one of them must be wanted"),
+    ],
     mx.quantise_mxfp4: [
         ("w", zeros(4, 40), "w has (4, 40); its last axis must divide by 32"),
         ("w", zeros(4, 64, dtype=INT), "w is int32; allowed: bfloat16"),
@@ -269,6 +281,11 @@ REFUSED = {
         ("x_TH", strided(4, 8), "x_TH is not contiguous"),
         ("weights_TK", zeros(4, 2, dtype=BF16), "weights_TK is bfloat16; allowed: float32"),
         ("index", UNPADDED, "index.tile=1; products need tiles of at least 16 rows"),
+        (
+            "rounded",
+            (routed.to_fp8(zeros(3, 8, 12)),) * 2,
+            "rounded is of kind fp8; precision=bf16, they must be equal",
+        ),
         ("gate_up_EHG", zeros(3, 8, 12, dtype=BF16), "gate_up_EHG is bfloat16, x_TH float32; they must be equal"),
         ("gate_up_EHG", zeros(3, 8, 11), "gate_up_EHG has 11 columns; allowed: pairs of gate and up"),
         ("gate_up_EHG", strided(3, 8, 12), "gate_up_EHG is not contiguous"),

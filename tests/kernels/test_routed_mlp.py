@@ -353,6 +353,19 @@ def test_a_schedule_by_descriptors_refuses_rows_that_they_cannot_load(device):
         fused(experts, E, device, schedule="tma", precision="fp8")(*given.values())
 
 
+@needs_triton
+def test_weights_rounded_before_are_those_that_each_pass_rounds(device):
+    T, H, F, E, K = 9, 64, 32, 3, 1
+    experts = cases.choices("zipf", T, E, K)
+    given = cases.inputs(T, H, F, E, K, dtype=torch.bfloat16, seed=6, spread=1.0, device=device)
+    tile = tile_of(torch.bfloat16, device)
+    for precision, make in (("fp8", routed.to_fp8), ("mxfp4", routed.to_mxfp4)):
+        before = tuple(make(given[name], implementation="triton") for name in ("gate_up_EHG", "down_EFH"))
+        kept = outcome(fused(experts, E, device, tile=tile, precision=precision, rounded=before), given)
+        for a, b in zip(kept, outcome(fused(experts, E, device, tile=tile, precision=precision), given)):
+            assert_bitwise(a, b)
+
+
 @pytest.mark.parametrize("spread", [14, 15])
 def test_a_tile_that_is_not_exact_in_e4m3_is_refused_and_counted(spread):
     blocks, scales = torch.full((1, 40, 2, 16), 0x11, dtype=torch.uint8), torch.full((1, 40, 2), 120, dtype=torch.uint8)

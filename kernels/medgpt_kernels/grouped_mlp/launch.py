@@ -103,8 +103,8 @@ class Weights:
 
 
 def sum_block(dtype: torch.dtype) -> int:
-    """Of a product's sum, how much is loaded at a time. fp32 has no tensor cores for exact products: 64 would take 295 KB
-    of shared memory in four stages, and 27 KB of stack a thread (Triton 3.6, sm_90)."""
+    """Of a product's sum, how much is loaded at a time. fp32 has no tensor cores for exact products: 64 would take 295
+    KB of shared memory in four stages, and 27 KB of stack a thread (Triton 3.6, sm_90)."""
     return 32 if dtype == torch.float32 else 64
 
 

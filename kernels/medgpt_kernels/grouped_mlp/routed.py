@@ -179,7 +179,7 @@ class _RoutedMLP(torch.autograd.Function):
 def routed_mlp(
     x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up_EHG: Tensor, gate_up_bias_EG: Tensor, down_EFH: Tensor,
     down_bias_EH: Tensor, *, limit: float, precision: str = "bf16", direct: bool = False,
-    implementation: str = "auto",
+    rounded: tuple[Weights, Weights] | None = None, implementation: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, with all gradients.
 
@@ -192,6 +192,8 @@ def routed_mlp(
             weights to E4M3 for the products (weight gradients stay in the dtype of ``x_TH``); ``mxfp4`` rounds the
             weights alone, and their gradients pass straight through.
         direct: gradients of weights that have a ``main_grad`` are written there (``weight_grads``), in its dtype.
+        rounded: ``to_fp8`` or ``to_mxfp4`` of both stacks as they are now, for ``precision`` fp8 or mxfp4: made once
+            and kept for the micro-batches of an optimizer's step. Without it each pass rounds them anew.
 
     Returns:
         (T, H), in the dtype of ``x_TH``.
@@ -200,6 +202,8 @@ def routed_mlp(
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
     check(precision in PRECISIONS, f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
+    for w in rounded or ():
+        check(w.kind == precision, f"rounded is of kind {w.kind}; precision={precision}, they must be equal")
     check_tokens(x_TH, weights_TK, index, ANY_FLOAT if implementation == "reference" else FLOATS)
     given = {"gate_up_EHG": gate_up_EHG, "down_EFH": down_EFH}
     for name, stack in given.items():
@@ -216,6 +220,8 @@ def routed_mlp(
         )  # fmt: skip
     if precision == "bf16":
         w1, w2 = plain(gate_up_EHG), plain(down_EFH)
+    elif rounded is not None:
+        w1, w2 = rounded
     else:  # made in each pass and not kept in between: they would stay for every layer until its backward pass
         made = to_fp8 if precision == "fp8" else to_mxfp4
         w1, w2 = partial(made, gate_up_EHG), partial(made, down_EFH)

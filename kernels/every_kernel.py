@@ -108,8 +108,8 @@ def every_op(num_experts: int = 4, slots: int = 2) -> list[Callable[[], object]]
         formats,
         router,
         movement,
-        lambda: mlp("bf16", 1, "triton"),
-        *(lambda s=s, p=p: mlp(p, 2, s) for s in mlp_launch.SCHEDULES for p in ("bf16", "fp8")),
+        *(lambda p=p: mlp(p, 1, "triton") for p in ("bf16", "fp8")),
+        *(lambda s=s, p=p: mlp(p, K, s) for s in mlp_launch.SCHEDULES for p in ("bf16", "fp8")),
         *(lambda s=s: frozen(s) for s in mlp_launch.SCHEDULES),
         loss,
     ]

@@ -133,12 +133,15 @@ def weight_grads(
     check_same_dtype("a", a=a, b=b)
     check_contiguous(a=a, b=b, weights_TK=weights_TK, grad_EKN=grad_EKN, grad_bias_EN=grad_bias_EN)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": launch.sum_block(a.dtype)}
-    _gradients().weight_grad_kernel[(launch.cdiv(K_SIZE, 128), launch.cdiv(N_SIZE, 128), E)](
-        a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE,
-        SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,
-        GRAD_DTYPE=triton_dtype(grad_EKN.dtype), BIAS_DTYPE=triton_dtype(grad_bias_EN.dtype), TILE=index.tile,
-        BLOCK_E=block_e(E), **blocks, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    tiles, columns = launch.cdiv(K_SIZE, 128), launch.cdiv(N_SIZE, 128)
+    for first, count in ((0, 1), (1, tiles - 1)):
+        if count:
+            _gradients().weight_grad_kernel[(count, columns, E)](
+                a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE, FIRST=first,
+                SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,
+                GRAD_DTYPE=triton_dtype(grad_EKN.dtype), BIAS_DTYPE=triton_dtype(grad_bias_EN.dtype), TILE=index.tile,
+                BLOCK_E=block_e(E), **blocks, num_warps=8, num_stages=3,
+            )  # fmt: skip
 
 
 class _RoutedMLP(torch.autograd.Function):

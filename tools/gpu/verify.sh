@@ -80,12 +80,12 @@ deadline="" in_parts=""
 sum=$(find kernels megatron_medgpt tests/kernels tools/gpu -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)+$sum${rehearse:+-rehearsal}
 started=$SECONDS
-# The smallest first: what fails there fails everywhere. Not the tests of this script and of compiling without a GPU.
-tests="rounding bad_input mx route routed_mlp weight_grads permute fused_projector cross_entropy grouped_mlp sink_attention
-  branched_and_cached model_slots kept_memory alone"
+# First those that the benchmark waits for, the rest after it. Not the tests of this script and of compiling without a GPU.
+tests="rounding mx route routed_mlp weight_grads permute fused_projector cross_entropy"
+more_tests="bad_input grouped_mlp alone sink_attention branched_and_cached model_slots kept_memory"
 # What is compiled for longest is spread over processes.
 spread="route routed_mlp permute fused_projector"
-[ -n "$rehearse" ] && tests=rounding
+[ -n "$rehearse" ] && tests=rounding more_tests=""
 
 left() { echo $((minutes * 60 - (SECONDS - started))); }
 
@@ -147,7 +147,7 @@ PY
 # Not the mutants, which are compiled anew each and show that the tests see, not that the kernels are right.
 files_of_tests() {
   local name more workers=$(( ($(nproc) + 1) / 2 )) pids=()
-  for name in $tests; do
+  for name in $1; do
     more=""
     case " $spread " in *" $name "*) more=$in_parts ;; esac
     # shellcheck disable=SC2086  # a list of words
@@ -155,7 +155,7 @@ files_of_tests() {
       --durations 5 -k "not mutant and not every_schedule_gives" $more ${deadline:+"$deadline"} \
       --junitxml "$state/tests-$name.xml" &
     pids+=($!)
-    while [ "$(running "${pids[@]}")" -ge "$workers" ]; do sleep 0.3; done
+    while [ "$(running "${pids[@]}")" -ge "$workers" ]; do sleep 1; summary; done
   done
   while [ "$(running "${pids[@]}")" -gt 0 ]; do sleep 2; summary; done
 }
@@ -212,18 +212,21 @@ import sys
 if nvcc.find() is None:
     print('nvcc is not on the PATH'); sys.exit(77)
 print(nvcc.load(cuda.SOURCE))"
-if wanted tests; then
-  began=$SECONDS
-  files_of_tests
-  bad="" missing=""
-  for name in $tests; do
+# tests_of STEP FILES
+tests_of() {
+  local name bad="" missing="" began=$SECONDS
+  wanted tests && [ -n "$2" ] || return 0
+  files_of_tests "$2"
+  for name in $2; do
     passed "tests-$name" && continue
     if grep -q '"status": "not run"' "$state/tests-$name.step"; then missing="$missing $name"; else bad="$bad $name"; fi
   done
-  if [ -n "$bad" ]; then note tests failed "failed:$bad${missing:+; not run:$missing}" $((SECONDS - began))
-  else note tests passed "${missing:+not run:$missing}" $((SECONDS - began)); fi
+  if [ -n "$bad" ]; then note "$1" failed "failed:$bad${missing:+; not run:$missing}" $((SECONDS - began))
+  else note "$1" passed "${missing:+not run:$missing}" $((SECONDS - began)); fi
   summary
-fi
+}
+
+tests_of tests "$tests"
 if wanted bench; then
   ready=$(kinds yes) unproven=$(kinds no)
   all=$ready$unproven
@@ -238,6 +241,7 @@ if wanted bench; then
     fi
   fi
 fi
+tests_of more-tests "$more_tests"
 step sanitize 120 bash tools/gpu/sanitize.sh "$python"
 step train 180 bash tools/gpu/train_small.sh "$python" "$state"
 step decode 90 "$python" tools/gpu/decoders.py --out "$state/decoders.json" ${rehearse:+--rehearse}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
 from medgpt_kernels.cross_entropy.op import cross_entropy
+from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.grouped_mlp import op as grouped
 from medgpt_kernels.grouped_mlp import routed
 from medgpt_kernels.grouped_mlp.packed import PackedStack, packed_mlp
@@ -444,6 +446,16 @@ def test_gradients_that_do_not_fit_the_rows_are_refused():
         with pytest.raises(ValueError) as refused:
             routed.weight_grads(**{**given, **change})
         assert said in str(refused.value)
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
+    """Triton would launch on the current one and read the other's memory."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    here, there = (SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1))
+    assert triton_refusal(here) is None
+    assert triton_refusal(here, there) == "a tensor is on cuda:1, the current device is cuda:0"
 
 
 def test_no_op_that_others_call_is_left_out():

@@ -82,7 +82,7 @@ def fused(
 @pytest.mark.parametrize(
     ("name", "dtype", "schedule"),
     [("zipf", torch.float32, "triton"), ("zipf", torch.bfloat16, "triton"), ("some experts empty", torch.float32, "triton"),
-     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"), ("zipf", torch.bfloat16, "tma-4-stages"),
+     ("one takes everything", torch.bfloat16, "triton"), ("zipf", torch.bfloat16, "tma"), ("zipf", torch.bfloat16, "tma-4-stages"), ("zipf", torch.bfloat16, "tma-wide"),
      ("some experts empty", torch.float32, "tma-persistent"), ("one takes everything", torch.bfloat16, "tma-persistent")],
 )  # fmt: skip
 def test_forward_and_every_gradient(name, dtype, schedule, device):

@@ -61,7 +61,7 @@ def table(results: list[dict], ceiling: dict[str, float]) -> str:
                 )
                 lines.append(
                     f"{result['case']:44} {part:16} {name:30} {row['median_ms']:9.3f} ms"
-                    f" (p90 {row['p90_ms']:.3f}) {extra}"
+                    f" (p90 {row['p90_ms']:.3f}, host {row['host_ms']:.3f}) {extra}"
                     + (f" {row['of_ceiling']:6.1%} of the ceiling" if "of_ceiling" in row else "")
                 )
     return "\n".join(lines)

@@ -172,9 +172,9 @@ ahead=()
 compile_ahead() {
   local part parts=$(( ($(nproc) + 3) / 4 ))
   for part in $(seq 0 $((parts - 1))); do
-    timeout 200 "$python" kernels/compile.py --experts 32 --slots 4 --part "$part/$parts" >"$state/ahead-$part.log" 2>&1 &
+    nice -n 10 timeout 200 "$python" kernels/compile.py --experts 32 --slots 4 --part "$part/$parts" >"$state/ahead-$part.log" 2>&1 &
     ahead+=($!)
-    timeout 200 "$python" kernels/compile.py --liger --part "$part/$parts" >"$state/ahead-liger-$part.log" 2>&1 &
+    nice -n 10 timeout 200 "$python" kernels/compile.py --liger --part "$part/$parts" >"$state/ahead-liger-$part.log" 2>&1 &
     ahead+=($!)
   done
 }

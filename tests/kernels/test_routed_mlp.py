@@ -353,6 +353,19 @@ def test_a_schedule_by_descriptors_refuses_rows_that_they_cannot_load(device):
         fused(experts, E, device, schedule="tma", precision="fp8")(*given.values())
 
 
+@pytest.mark.parametrize("schedule", launch.SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tiles_in_flight_fit_the_shared_memory_of_a_multiprocessor(schedule, dtype):
+    """227 KB of one program on Hopper, as many tiles of both operands as there are stages."""
+    chosen = launch.SCHEDULES[schedule]
+    for kind in ("plain", "fp8", "mxfp4"):
+        size = 1 if kind == "fp8" else dtype.itemsize
+        for columns in (launch.FORWARD_COLUMNS, chosen.row_columns, launch.ROW_COLUMNS):
+            made = chosen.blocks(kind, 128, columns, dtype)
+            tiles = made["BLOCK_K"] * (made["BLOCK_M"] + made["BLOCK_N"]) * size
+            assert tiles * made["num_stages"] <= 227 * 1024, (kind, columns)
+
+
 @needs_triton
 def test_weights_rounded_before_are_those_that_each_pass_rounds(device):
     T, H, F, E, K = 9, 64, 32, 3, 1

@@ -2,8 +2,8 @@
 
 ``triton`` loads weights through pointers, one program a tile. ``tma`` loads them through descriptors; in
 ``tma-persistent`` as many programs as the GPU has multiprocessors go from tile to tile, so that none waits for the
-slowest of a wave. ``tma-wide`` multiplies rows in tiles of 256 columns too, which ask the second cache for three
-quarters of the bytes; of 2880 columns its last tile has a quarter.
+slowest of a wave. ``tma-wide`` multiplies rows, and makes the gradients of weights, in tiles of 256 columns too,
+which ask the second cache for three quarters of the bytes; of 2880 columns its last tile has a quarter.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Schedule:
     num_warps: int = 8
     row_columns: int = ROW_COLUMNS
     """Of a tile of a product of rows with plain weights."""
+    grad_columns: int = 128
+    """Of a tile of a weight's gradient."""
 
     def blocks(self, kind: str, tile: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
         return {
@@ -55,7 +57,7 @@ SCHEDULES = {
     "triton": Schedule(),
     "tma": Schedule(descriptors=True),
     "tma-4-stages": Schedule(descriptors=True, num_stages=4),
-    "tma-wide": Schedule(descriptors=True, row_columns=256),
+    "tma-wide": Schedule(descriptors=True, row_columns=256, grad_columns=256),
     "tma-persistent": Schedule(descriptors=True, persistent=True),
 }
 """By the names of implementations. ``auto`` takes the first: none is known to be faster until a GPU has shown it."""

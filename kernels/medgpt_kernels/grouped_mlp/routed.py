@@ -117,9 +117,9 @@ def _expert_dots(grad_TH: Tensor, bias_EH: Tensor) -> Tensor:
 
 def weight_grads(
     a: Tensor, b: Tensor, weights_TK: Tensor, index: RowIndex, *, gather_a: bool, gather_b: bool, grad_EKN: Tensor,
-    grad_bias_EN: Tensor, accumulate: bool,
+    grad_bias_EN: Tensor, accumulate: bool, columns: int = 128,
 ) -> None:  # fmt: skip
-    """Write, or add to, the gradients of one projection of all experts.
+    """Write, or add to, the gradients of one projection of all experts, in tiles of 128 rows and some columns.
 
     Raises:
         ValueError: rows, gradients or the index do not fit one another.
@@ -132,15 +132,14 @@ def weight_grads(
     check_shape("grad_bias_EN", grad_bias_EN, (E, N_SIZE))
     check_same_dtype("a", a=a, b=b)
     check_contiguous(a=a, b=b, weights_TK=weights_TK, grad_EKN=grad_EKN, grad_bias_EN=grad_bias_EN)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": launch.sum_block(a.dtype)}
-    tiles, columns = launch.cdiv(K_SIZE, 128), launch.cdiv(N_SIZE, 128)
-    for first, count in ((0, 1), (1, tiles - 1)):
+    blocks = {"BLOCK_M": 128, "BLOCK_R": launch.sum_block(a.dtype)}
+    for first, count, width in ((0, 1, 128), (1, launch.cdiv(K_SIZE, 128) - 1, columns)):
         if count:
-            _gradients().weight_grad_kernel[(count, columns, E)](
+            _gradients().weight_grad_kernel[(count, launch.cdiv(N_SIZE, width), E)](
                 a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE, FIRST=first,
                 SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,
                 GRAD_DTYPE=triton_dtype(grad_EKN.dtype), BIAS_DTYPE=triton_dtype(grad_bias_EN.dtype), TILE=index.tile,
-                BLOCK_E=block_e(E), **blocks, num_warps=8, num_stages=3,
+                BLOCK_E=block_e(E), BLOCK_N=width, **blocks, num_warps=8, num_stages=3,
             )  # fmt: skip
 
 
@@ -173,7 +172,7 @@ class _RoutedMLP(torch.autograd.Function):
             )
             weight_grads(
                 a, b, weights_TK, index, gather_a=gather_a, gather_b=not gather_a, grad_EKN=sinks[0].out,
-                grad_bias_EN=sinks[1].out, accumulate=sinks[0].accumulate,
+                grad_bias_EN=sinks[1].out, accumulate=sinks[0].accumulate, columns=ctx.schedule.grad_columns,
             )  # fmt: skip
             learned += [sink.hand_over() for sink in sinks]
         return dx, d_weights, *learned, *[None] * 6

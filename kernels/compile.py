@@ -100,6 +100,7 @@ def record_compilations(results: list[dict], only: str | None, part: tuple[int, 
 def liger_kernels() -> None:
     """Every variant of Liger's kernels at GPT-oss 20B's sizes, which it would compile one after the other when it first
     runs. Its index is put in the place of one that only a GPU could make, its measurements in that of equal ones."""
+    triton.knobs.autotuning.cache = False  # before its kernels are made: nobody may take these for measurements
     from liger_kernel.ops import fused_moe
     from triton.runtime.autotuner import Autotuner
 

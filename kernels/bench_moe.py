@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,9 @@ from torch import Tensor
 
 LIMIT = peers.LIMIT
 LIGER = "liger (no bias, plain SwiGLU)"
+ROUNDED = "ours fp8, weights rounded before"
+BOUNDS = {"bf16": 0.02, "fp8": 0.15}
+"""Of the relative error of an output or a gradient: bf16 keeps 8 bits, E4M3 4."""
 LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {LIGER: peers.liger_layout}
 """Peers that keep weights in another layout than GPT-oss's, and how they get it, outside what is timed."""
 
@@ -26,11 +30,20 @@ def in_layout(name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return LAYOUTS.get(name, dict)(given)
 
 
+@functools.cache
+def compiled(backend: str) -> Callable[..., Tensor]:
+    """One for all cases, so that the same shapes are compiled once. At the default limit of 8 recompilations PyTorch
+    would go on uncompiled without a word."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(peers.grouped_mm, dynamic=False, backend=backend)
+
+
 def moe_variants(
     given: dict[str, Tensor], experts: Tensor, num_experts: int, tile: int
 ) -> dict[str, Callable[..., Tensor]]:
     """Ours and the peers as functions of (x, weights, w1, b1, w2, b2); the index is part of what is timed."""
     _, H, G = given["gate_up_EHG"].shape
+    rounded: list = []
 
     def index() -> route.RowIndex:
         return route.index(experts, num_experts, tile=tile, implementation="triton")
@@ -38,6 +51,13 @@ def moe_variants(
     def ours(precision: str) -> Callable[..., Tensor]:
         return lambda x, w, *rest: routed.routed_mlp(
             x, w, index(), *rest, limit=LIMIT, precision=precision, implementation="triton"
+        )
+
+    def rounded_before(x, w, w1, b1, w2, b2):
+        if not rounded:
+            rounded.append(tuple(routed.to_fp8(stack, implementation="triton") for stack in (w1, w2)))
+        return routed.routed_mlp(
+            x, w, index(), w1, b1, w2, b2, limit=LIMIT, precision="fp8", rounded=rounded[0], implementation="triton"
         )
 
     def through(peer: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -53,57 +73,91 @@ def moe_variants(
 
         return call
 
+    backend = "inductor" if given["x_TH"].is_cuda else "aot_eager"  # a rehearsal traces it and compiles nothing
     variants = {
         "ours bf16": ours("bf16"),
         "ours fp8": ours("fp8"),
+        ROUNDED: rounded_before,
         "torch grouped_mm, eager": through(peers.grouped_mm),
+        "torch grouped_mm, compiled": through(compiled(backend)),
+        "megatron-core order": through(peers.megatron_core),
     }
-    backend = "inductor" if given["x_TH"].is_cuda else "aot_eager"  # a rehearsal traces it and compiles nothing
-    variants["torch grouped_mm, compiled"] = through(torch.compile(peers.grouped_mm, dynamic=False, backend=backend))
-    variants["megatron-core order"] = through(peers.megatron_core)
     for name in ("eager", "grouped_mm"):
         variants[f"transformers, {name}"] = late(lambda n=name: peers.transformers_experts(num_experts, H, G // 2, n))
     variants[LIGER] = late(peers.liger)
     return variants
 
 
-def check_variants(variants: dict, given: dict[str, Tensor], experts: Tensor) -> tuple[dict, dict]:
-    """Variants whose output is right, and why the others are left out. The bound is on the whole output's error."""
-    args = [given[name].double() for name in given]
-    exact = routed_reference.routed_mlp(*args[:2], experts, *args[2:], limit=LIMIT)
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm, part by part: whole stacks of a 120B in fp64 are too many at a time."""
+    size = max(1, -(-found.shape[0] // 32))
+    parts = [((a.double() - b).square().sum(), b.square().sum()) for a, b in zip(found.split(size), exact.split(size))]
+    off, whole = (torch.stack(column).sum().sqrt() for column in zip(*parts))
+    return float(off / whole)
+
+
+def check_variants(
+    variants: dict[str, Callable[..., Tensor]], given: dict[str, Tensor], experts: Tensor, grad: Tensor
+) -> tuple[dict, dict]:
+    """Variants whose output and gradients are right at the size that is timed, against fp64, and why the others are
+    left out. Liger computes something else (its name says what), so there is nothing to hold it to."""
+
+    def outcome(call, leaves: list[Tensor]) -> list[Tensor]:
+        out = call(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    wide = [value.detach().double().requires_grad_() for value in given.values()]
+    exact = outcome(lambda x, w, *rest: routed_reference.routed_mlp(x, w, experts, *rest, limit=LIMIT), wide)
+    del wide
     right, wrong = {}, {}
     for name, call in variants.items():
-        limit = 0.15 if "fp8" in name else 0.02  # E4M3 keeps 4 bits, bf16 8
-        try:
-            error = float((call(*in_layout(name, given).values()).double() - exact).norm() / exact.norm())
-        except Exception as problem:
-            wrong[name] = {"not_run": f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"}
-            continue
-        if error <= limit or name.startswith("liger"):
+        if name == LIGER:
             right[name] = call
+            continue
+        bound = BOUNDS["fp8" if "fp8" in name else "bf16"]
+        try:
+            found = outcome(call, [value.detach().requires_grad_() for value in given.values()])
+            errors = {n: distance(a, b) for n, a, b in zip(("output", *given), found, exact)}
+        except Exception as problem:
+            wrong[name] = {"not_run": why(problem)}
+            continue
+        off = {n: error for n, error in errors.items() if not error <= bound}
+        if off:
+            wrong[name] = {"not_run": "wrong, relative error of " + ", ".join(f"{n} {e:.3g}" for n, e in off.items())}
         else:
-            wrong[name] = {"not_run": f"wrong answer: relative error {error:.3g}"}
+            right[name] = call
     return right, wrong
 
 
-def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: str, tiny: bool) -> dict:
+def why(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
+
+
+def moe_case(
+    clock: Clock, shape: tuple[int, int, int, int], T: int, routing: str, tiny: bool,
+    named: Callable[[str], bool] = lambda name: True,
+) -> dict:  # fmt: skip
+    """The layer behind the router beside its peers.
+
+    Args:
+        named: which of ours and the peers.
+    """
     H, F, E, K = shape
     experts = (
         route_cases.balanced_experts(T, E, K) if routing == "balanced" else route_cases.zipf_experts(T, E, K, seed=0)
     )
     experts = experts.to(clock.device)
-    tile = 16 if tiny else 128
-    few = min(T, 64)
-    small = mlp_cases.inputs(few, H, F, E, K, dtype=torch.bfloat16, seed=0, spread=1.0, device=clock.device)
-    variants = moe_variants(small, experts[:few].contiguous(), E, tile)
-    _, wrong = check_variants(variants, small, experts[:few])
-    given = {**small, **random_tokens(T, H, K, clock.device)}
-    variants = {n: c for n, c in moe_variants(given, experts, E, tile).items() if n not in wrong}
+    given = {
+        **mlp_cases.inputs(16, H, F, E, K, dtype=torch.bfloat16, seed=0, spread=1.0, device=clock.device),
+        **random_tokens(T, H, K, clock.device),
+    }
+    variants = moe_variants(given, experts, E, 16 if tiny else 128)
+    grad = torch.randn_like(given["x_TH"])
+    variants, wrong = check_variants({n: c for n, c in variants.items() if named(n)}, given, experts, grad)
     flops = 6.0 * T * K * H * F
     leaves = {name: value.requires_grad_() for name, value in given.items()}
     own = {name: list(in_layout(name, leaves).values()) for name in variants}
     forward = clock.compare({name: (lambda c=call, n=name: _no_grad(c, own[n])) for name, call in variants.items()})
-    grad = torch.randn_like(given["x_TH"])
 
     def both(name, call):
         return lambda: torch.autograd.grad(call(*own[name]), own[name], grad, allow_unused=True)
@@ -131,6 +185,13 @@ def moe_case(clock: Clock, shape: tuple[int, int, int, int], T: int, routing: st
     }  # fmt: skip
 
 
+def liger_case(clock: Clock, shape: tuple[int, int, int, int], T: int, tiny: bool) -> dict:
+    """Ours beside Liger's, alone: it tries 240 variants of its kernels first, at this size, and would keep everything
+    else waiting. The cases after it find them chosen."""
+    result = moe_case(clock, shape, T, "balanced", tiny, lambda name: name in ("ours bf16", LIGER))
+    return {**result, "case": result["case"].replace("moe", "liger", 1)}
+
+
 def products_case(clock: Clock, shape: tuple[int, int, int, int], T: int, tiny: bool) -> dict:
     """The two grouped products without gather and sum: rows that lie sorted, each a token of one slot."""
     H, F, E, K = shape
@@ -146,9 +207,7 @@ def products_case(clock: Clock, shape: tuple[int, int, int, int], T: int, tiny: 
     times = clock.compare({
         "ours bf16": lambda: routed.routed_mlp(x, weights, index, w1, b1, w2, b2, **options),
         "ours fp8": lambda: routed.routed_mlp(x, weights, index, w1, b1, w2, b2, precision="fp8", **options),
-        "ours fp8, weights rounded before": lambda: routed.routed_mlp_frozen(
-            x, weights, index, fp8[0], b1, fp8[1], b2, limit=LIMIT
-        ),
+        ROUNDED: lambda: routed.routed_mlp_frozen(x, weights, index, fp8[0], b1, fp8[1], b2, limit=LIMIT),
     })  # fmt: skip
     for row in times.values():
         if "median_ms" in row:

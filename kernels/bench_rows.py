@@ -7,12 +7,23 @@ from collections.abc import Callable
 import peers
 import torch
 from bench_clock import Clock
-from bench_moe import random_tokens
+from bench_moe import BOUNDS, distance, random_tokens
 from medgpt_kernels.mx import op as mx
+from medgpt_kernels.mx import reference as mx_reference
 from medgpt_kernels.permute import op as permute
 from medgpt_kernels.projector import op as projector
 from medgpt_kernels.route import cases as route_cases
 from medgpt_kernels.route import op as route
+
+
+def hold(what: str, ok: bool) -> None:
+    """Refuse to time what is wrong.
+
+    Raises:
+        RuntimeError: not ``ok``.
+    """
+    if not ok:
+        raise RuntimeError(f"{what}: wrong answer")
 
 
 def movement_case(clock: Clock, T: int, H: int, E: int, K: int, tiny: bool) -> dict:
@@ -22,6 +33,15 @@ def movement_case(clock: Clock, T: int, H: int, E: int, K: int, tiny: bool) -> d
     index = route.index(experts, E, tile=16 if tiny else 128, implementation="triton")
     rows = permute.permute(given["x_TH"], index, implementation="triton")
     weights, x = given["weights_TK"], given["x_TH"]
+    plain = route.index(experts, E, tile=index.tile, implementation="reference")
+    for part in ("row_entry", "token_row", "tile_expert", "counts"):
+        hold(f"index, {part}", torch.equal(getattr(index, part), getattr(plain, part)))
+    hold("permute", torch.equal(rows, permute.permute(x, index, implementation="reference")))
+    packed, expected = (permute.pack_fp8(x, index, implementation=i) for i in ("triton", "reference"))
+    hold("permute to fp8", torch.equal(packed, expected))
+    sums, expected = (permute.combine(rows, weights, index, implementation=i) for i in ("triton", "reference"))
+    hold("combine", distance(sums, expected.double()) <= BOUNDS["bf16"])
+    del plain, packed, expected, sums
     order = torch.argsort(experts.flatten())
     token, y = order // K, rows[: T * K]
     times = clock.compare({
@@ -63,6 +83,11 @@ def projector_case(clock: Clock, name: str, sizes: tuple) -> dict:
         return text.masked_scatter(mask, rows)
 
     grad = torch.randn(S, 1, hidden, **made)
+    for what, a, b in zip(
+        ("output", "text", "features", "w1", "b1", "w2", "b2"),
+        *((c(), *torch.autograd.grad(c(), leaves, grad)) for c in (ours, eager)),
+    ):
+        hold(f"projector, {what}", distance(a.detach(), b.detach().double()) <= BOUNDS["bf16"])
     rows = torch.randn(len(places), hidden, **made)
     text = leaves[0].detach()
     flat, place = text.view(-1, hidden), at.place_N.long()
@@ -82,12 +107,25 @@ def conversion_case(clock: Clock, shape: tuple[int, int, int]) -> dict:
     w = torch.randn(shape, device=clock.device, dtype=torch.bfloat16)
     blocks, scales = mx.quantise_mxfp4(w)
     names = ["triton"] + (["cuda"] if clock.device.type == "cuda" else [])
+    for name in names:
+        for what, made, expected in (
+            ("bf16 to mxfp4", mx.quantise_mxfp4(w, implementation=name), mx_reference.quantise_mxfp4(w[:1])),
+            ("mxfp4 to bf16", (mx.dequantise_mxfp4(blocks, scales, implementation=name),),
+             (mx_reference.dequantise_mxfp4(blocks[:1], scales[:1]),)),
+            ("mxfp4 to e4m3", mx.mxfp4_to_e4m3(blocks, scales, implementation=name),
+             mx_reference.mxfp4_to_e4m3(blocks[:1], scales[:1])),
+        ):  # fmt: skip
+            same = all(torch.equal(a[:1].view(torch.uint8), b.view(torch.uint8)) for a, b in zip(made, expected))
+            hold(f"{what}, {name}", same)
     calls: dict[str, Callable] = {}
     for name in names:
         calls[f"mxfp4 to bf16, {name}"] = lambda n=name: mx.dequantise_mxfp4(blocks, scales, implementation=n)
         calls[f"mxfp4 to e4m3, {name}"] = lambda n=name: mx.mxfp4_to_e4m3(blocks, scales, implementation=n)
         calls[f"bf16 to mxfp4, {name}"] = lambda n=name: mx.quantise_mxfp4(w, implementation=n)
     calls["bf16 to e4m3 tiles"] = lambda: mx.quantise_tiles(w, implementation="triton")
+    calls["bf16 to e4m3 tiles, transposed"] = lambda: mx.quantise_tiles_in(
+        w, plain=False, flipped=True, implementation="triton"
+    )
     times = clock.compare(calls)
     values = E * N * K
     size = {"mxfp4 to bf16": 2 + 17 / 32, "mxfp4 to e4m3": 1 + 17 / 32, "bf16 to mxfp4": 2 + 17 / 32, "bf16 to e4m3": 3}

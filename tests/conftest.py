@@ -24,7 +24,10 @@ SEVERAL_RANKS = (
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """One worker takes all tests with ranks of their own, so that no more than four ranks compute at once; every other
-    file goes whole to some worker. (``--dist loadgroup`` does not see its groups in pytest 9.2.)"""
+    file goes whole to some worker. (``--dist loadgroup`` does not see its groups in pytest 9.2.) With another
+    ``--dist`` than loadscope, as it is asked for."""
+    if config.getvalue("dist") != "loadscope":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -54,7 +54,8 @@ def _say_once(op: str, asked: str, chosen: str) -> None:
 
 
 def triton_refusal(*tensors: torch.Tensor) -> str | None:
-    """Why Triton cannot serve tensors, or None: it needs CUDA, or its interpreter (TRITON_INTERPRET=1) on a CPU."""
+    """Why Triton cannot serve tensors, or None: it needs CUDA, or its interpreter (TRITON_INTERPRET=1) on a CPU. It
+    launches on the current device, whatever device its arguments are on."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton
@@ -64,6 +65,8 @@ def triton_refusal(*tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if not tensor.is_cuda:
             return f"a tensor is on {tensor.device.type}; Triton needs CUDA, or TRITON_INTERPRET=1 for a test on a CPU"
+        if tensor.device.index != torch.cuda.current_device():
+            return f"a tensor is on {tensor.device}, the current device is cuda:{torch.cuda.current_device()}"
     return None
 
 

@@ -38,7 +38,7 @@ class KernelConfig:
     """``bf16``: fused, in the run's precision. ``fp8``: products of experts in E4M3. ``mxfp4``: expert weights rounded
     to MXFP4 at every use, with a straight-through gradient. On a CPU these three are plain PyTorch. ``auto`` is
     ``grouped``, PyTorch's products, until the fused ones have been measured on a GPU."""
-    expert_schedule: Literal["auto", "triton", "tma", "tma-4-stages", "tma-persistent"] = "auto"
+    expert_schedule: Literal["auto", "triton", "tma", "tma-4-stages", "tma-wide", "tma-persistent"] = "auto"
     """How the fused experts' products are launched (``kernels/README.md``): the sums are the same. ``auto`` is
     ``triton`` until another has been measured to be faster on a GPU. The others need ``experts`` bf16, fp8 or mxfp4 and
     Hopper."""
@@ -62,7 +62,7 @@ class KernelConfig:
         choices = {
             "attention": ("auto", "reference", "flex"),
             "experts": ("auto", "reference", "grouped", "bf16", "fp8", "mxfp4"),
-            "expert_schedule": ("auto", "triton", "tma", "tma-4-stages", "tma-persistent"),
+            "expert_schedule": ("auto", "triton", "tma", "tma-4-stages", "tma-wide", "tma-persistent"),
             "expert_gradients": ("auto", "autograd", "direct"),
             "router": ("auto", "reference", "fused"),
             "permute": ("auto", "engine", "fused"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from medgpt_kernels.clamped_swiglu.op import clamped_swiglu
 from medgpt_kernels.cross_entropy.op import cross_entropy
+from medgpt_kernels.dispatch import triton_refusal
 from medgpt_kernels.grouped_mlp import op as grouped
 from medgpt_kernels.grouped_mlp import routed
 from medgpt_kernels.grouped_mlp.packed import PackedStack, packed_mlp
@@ -59,6 +61,10 @@ SERVED = {
     permute.exchange_fp8: {"rows_MH": zeros(4, 8), "forth": same, "back": same},
     mx.quantise_rows: {"x_MK": zeros(4, 8)},
     mx.quantise_tiles: {"w_ERC": zeros(2, 4, 8)},
+    mx.quantise_tiles_in: {"w_ERC": zeros(2, 4, 8), "plain": False, "flipped": True},
+    mx.mxfp4_to_e4m3_in: {
+        "blocks": zeros(1, 4, 2, 16, dtype=BYTE), "scales": zeros(1, 4, 2, dtype=BYTE), "plain": True, "flipped": False
+    },
     mx.quantise_mxfp4: {"w": zeros(4, 64)},
     mx.dequantise_mxfp4: {"blocks": zeros(4, 2, 16, dtype=BYTE), "scales": zeros(4, 2, dtype=BYTE)},
     mx.mxfp4_to_e4m3: {"blocks": zeros(1, 4, 2, 16, dtype=BYTE), "scales": zeros(1, 4, 2, dtype=BYTE)},
@@ -200,6 +206,14 @@ REFUSED = {
         ("w_ERC", zeros(2, 4, 8, dtype=INT), "w_ERC is int32; allowed: bfloat16"),
         ("w_ERC", strided(2, 4, 8), "w_ERC is not contiguous"),
     ],
+    mx.quantise_tiles_in: [
+        ("w_ERC", zeros(4, 8), "w_ERC has shape (4, 8); allowed: (E, R, C)"),
+        ("flipped", False, "plain and flipped are both False; one of them must be wanted"),
+    ],
+    mx.mxfp4_to_e4m3_in: [
+        ("scales", zeros(1, 4, 2), "scales is float32; allowed: uint8"),
+        ("plain", False, "plain and flipped are both False; one of them must be wanted"),
+    ],
     mx.quantise_mxfp4: [
         ("w", zeros(4, 40), "w has (4, 40); its last axis must divide by 32"),
         ("w", zeros(4, 64, dtype=INT), "w is int32; allowed: bfloat16"),
@@ -269,6 +283,11 @@ REFUSED = {
         ("x_TH", strided(4, 8), "x_TH is not contiguous"),
         ("weights_TK", zeros(4, 2, dtype=BF16), "weights_TK is bfloat16; allowed: float32"),
         ("index", UNPADDED, "index.tile=1; products need tiles of at least 16 rows"),
+        (
+            "rounded",
+            (routed.to_fp8(zeros(3, 8, 12)),) * 2,
+            "rounded is of kind fp8; precision=bf16, they must be equal",
+        ),
         ("gate_up_EHG", zeros(3, 8, 12, dtype=BF16), "gate_up_EHG is bfloat16, x_TH float32; they must be equal"),
         ("gate_up_EHG", zeros(3, 8, 11), "gate_up_EHG has 11 columns; allowed: pairs of gate and up"),
         ("gate_up_EHG", strided(3, 8, 12), "gate_up_EHG is not contiguous"),
@@ -427,6 +446,16 @@ def test_gradients_that_do_not_fit_the_rows_are_refused():
         with pytest.raises(ValueError) as refused:
             routed.weight_grads(**{**given, **change})
         assert said in str(refused.value)
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one_is_refused(monkeypatch):
+    """Triton would launch on the current one and read the other's memory."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    here, there = (SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1))
+    assert triton_refusal(here) is None
+    assert triton_refusal(here, there) == "a tensor is on cuda:1, the current device is cuda:0"
 
 
 def test_no_op_that_others_call_is_left_out():

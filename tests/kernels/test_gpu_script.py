@@ -68,6 +68,34 @@ def test_what_was_measured_is_kept_and_what_no_longer_fits_is_left_to_the_next_c
     assert measure("conversions,projector", "0") == (bench.LEFT_OUT, ["conversions tiny"])
 
 
+def test_a_benchmark_that_is_stopped_while_it_writes_leaves_what_it_had_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import bench
+
+    bench.write(tmp_path, [{"key": "a", "case": "a"}], {}, 0, "this")
+
+    def half(path: Path, text: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        bench.write(tmp_path, [{"key": "a", "case": "a"}, {"key": "b", "case": "b"}], {}, 0, "this")
+    assert [result["key"] for result in bench.measured_before(tmp_path, "this")] == ["a"]
+
+
+def test_no_goal_is_judged_by_kernels_whose_tests_have_not_passed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import goals
+
+    times = {"ours bf16": {"median_ms": 1.0}, "torch grouped_mm, eager": {"median_ms": 2.0}}
+    result = {"case": goals.WHOLE, "forward": times}
+    first = goals.judge([result], {})[0]
+    assert (first["value"], first["met"]) == (2.0, True)
+    unproven = goals.judge([{**result, "tests": "not passed"}], {})
+    assert all(line["value"] is None and line["met"] is None for line in unproven)
+
+
 def test_every_peer_that_a_cpu_can_run_gives_the_right_answer(monkeypatch):
     """At toy size, with the benchmark's own check: what a GPU run would otherwise find out in its paid minutes."""
     monkeypatch.syspath_prepend(str(ROOT / "kernels"))
@@ -79,7 +107,7 @@ def test_every_peer_that_a_cpu_can_run_gives_the_right_answer(monkeypatch):
     experts = route_cases.zipf_experts(48, 3, 2, seed=0)
     peers = {n: c for n, c in moe_variants(given, experts, 3, 16).items() if not n.startswith(("ours", "liger"))}
     assert len(peers) == 5 and LIGER in moe_variants(given, experts, 3, 16)
-    right, wrong = check_variants(peers, given, experts)
+    right, wrong = check_variants(peers, given, experts, torch.randn_like(given["x_TH"]))
     assert set(right) == set(peers), wrong
 
 

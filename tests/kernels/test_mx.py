@@ -16,6 +16,10 @@ from medgpt_kernels.testing import assert_bitwise, mutant
 
 needs_triton = pytest.mark.skipif(op.triton_refusal() is not None, reason=str(op.triton_refusal()))
 
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or nvcc.find() is None, reason="needs a GPU of Hopper's kind or later, and nvcc"
+)
+
 
 def nearest(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (x.double()[..., None] - values).abs().amin(-1)
@@ -71,23 +75,31 @@ def test_tiles_are_quantised_to_the_references_bits_and_transpose_without_a_seco
     expected, expected_scales = reference.quantise_tiles(w)
     assert_bitwise(codes.cpu(), expected)
     assert_bitwise(scales.cpu(), expected_scales)
+    lying, both, _ = op.quantise_tiles_in(w.to(device), plain=True, flipped=True, implementation="triton")
+    nothing, alone, _ = op.quantise_tiles_in(w.to(device), plain=False, flipped=True, implementation="triton")
+    assert nothing is None
+    for made in (lying, both.view(torch.uint8).transpose(1, 2), alone.view(torch.uint8).transpose(1, 2)):
+        assert_bitwise(made.view(torch.uint8).cpu(), expected.view(torch.uint8))
     flipped, flipped_scales = reference.quantise_tiles(w.transpose(1, 2).contiguous())
     assert_bitwise(flipped, expected.view(torch.uint8).transpose(1, 2).contiguous().view(torch.float8_e4m3fn))
     assert_bitwise(flipped_scales, expected_scales.transpose(1, 2).contiguous())
 
 
-@needs_triton
+CONVERTERS = [pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda)]
+
+
+@pytest.mark.parametrize("implementation", CONVERTERS)
 @pytest.mark.parametrize("mode", ["up", "floor"])
 @pytest.mark.parametrize("shape", cases.PACKED)
-def test_mxfp4_is_packed_to_the_references_bits(shape, mode, device):
-    w = cases.awkward(shape, seed=4)
+def test_mxfp4_is_packed_to_the_references_bits(shape, mode, implementation, device):
+    w = cases.awkward(shape, seed=4, dtype=torch.bfloat16 if implementation == "cuda" else torch.float32)
     w[0, 0, :32] = 0
     if shape[1] > 1:
         w[0, 1, 5], w[0, 1, 40] = float("nan"), float("-inf")
         w[0, 2, :32] = torch.tensor([6 * 2.0**-130] + [0.0] * 31)
         w[0, 3, 0] = 6 * (1 + 2**-23)
         w[0, 4, 0] = torch.finfo(torch.float32).max
-    blocks, scales = op.quantise_mxfp4(w.to(device), mode=mode, implementation="triton")
+    blocks, scales = op.quantise_mxfp4(w.to(device), mode=mode, implementation=implementation)
     expected, expected_scales = reference.quantise_mxfp4(w, mode)
     assert_bitwise(blocks.cpu(), expected)
     assert_bitwise(scales.cpu(), expected_scales)
@@ -100,11 +112,11 @@ def every_block() -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.contiguous(), scales.contiguous()
 
 
-@needs_triton
+@pytest.mark.parametrize("implementation", CONVERTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_byte_under_every_scale_decodes_to_the_references_number(dtype, device):
+def test_every_byte_under_every_scale_decodes_to_the_references_number(dtype, implementation, device):
     blocks, scales = every_block()
-    got = op.dequantise_mxfp4(blocks.to(device), scales.to(device), dtype=dtype, implementation="triton").cpu()
+    got = op.dequantise_mxfp4(blocks.to(device), scales.to(device), dtype=dtype, implementation=implementation).cpu()
     assert_bitwise(got, reference.dequantise_mxfp4(blocks, scales, dtype))
 
 
@@ -118,7 +130,10 @@ def test_packing_what_was_unpacked_keeps_every_value(mode):
     assert_bitwise(again, values)
 
 
-@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "implementation",
+    ["reference", pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda)],
+)
 def test_mxfp4_becomes_e4m3_exactly_where_exponents_spread_over_at_most_14(implementation, device):
     generator = torch.Generator().manual_seed(6)
     E, N, K = 2, 130, 192
@@ -137,8 +152,12 @@ def test_mxfp4_becomes_e4m3_exactly_where_exponents_spread_over_at_most_14(imple
     wide = torch.tensor(expected).repeat_interleave(128, 1)[:, :N].repeat_interleave(128, 2)[:, :, :K]
     assert torch.equal(got[wide], values[wide])
     assert not torch.equal(got[~wide], values[~wide])
-    if implementation == "triton":
-        assert_bitwise(codes.cpu(), reference.mxfp4_to_e4m3(blocks, scales)[0])
+    assert_bitwise(codes.cpu(), reference.mxfp4_to_e4m3(blocks, scales)[0])
+    where = blocks.to(device), scales.to(device)
+    for plain in (True, False):
+        made = op.mxfp4_to_e4m3_in(*where, plain=plain, flipped=True, implementation=implementation)
+        assert_bitwise(made[1].view(torch.uint8).transpose(1, 2), codes.view(torch.uint8))
+        assert (made[0] is not None) == plain and torch.equal(made[3], fits)
 
 
 def test_fake_quantisation_rounds_forward_and_passes_the_gradient_straight_through():

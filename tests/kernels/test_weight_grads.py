@@ -28,7 +28,7 @@ def plain_routed(x, weights, experts, *stacks, direct):
 
 
 def fused(x, weights, experts, *stacks, direct):
-    index = route.index(experts.int(), E, tile=16, implementation="triton")
+    index = route.index(experts.int().to(x.device), E, tile=16, implementation="triton")
     return routed.routed_mlp(x, weights, index, *stacks, limit=7.0, direct=direct, implementation="triton")
 
 
@@ -37,7 +37,7 @@ def gradients(way, given: dict, *, direct: bool) -> list[torch.Tensor]:
     first micro-batch does not overwrite shows."""
     stacks = [given[name].detach().clone().requires_grad_() for name in STACKS]
     for stack in stacks:
-        stack.main_grad = torch.full(stack.shape, float("nan") if direct else 0.0)
+        stack.main_grad = torch.full(stack.shape, float("nan") if direct else 0.0, device=stack.device)
         stack.grad_added_to_main_grad = False
     for micro, chosen in enumerate(CHOICES):
         out = way(given["x_TH"] + micro, given["weights_TK"], chosen[:, None], *stacks, direct=direct)
@@ -55,10 +55,11 @@ def gradients(way, given: dict, *, direct: bool) -> list[torch.Tensor]:
     ("way", "dtype"),
     [(grouped, torch.float32), (grouped, torch.bfloat16), (plain_routed, torch.bfloat16), (fused, torch.float32)],
 )
-def test_the_buffer_holds_to_the_bit_what_autograd_would_have_added(way, dtype):
+def test_the_buffer_holds_to_the_bit_what_autograd_would_have_added(way, dtype, device):
     if way is fused and triton_refusal() is not None:
         pytest.skip(str(triton_refusal()))
-    given = cases.inputs(T, H, F, E, K, dtype=dtype, seed=1, spread=1.0)
+    where = device if way is fused else "cpu"
+    given = cases.inputs(T, H, F, E, K, dtype=dtype, seed=1, spread=1.0, device=where)
     for name, found, expected in zip(STACKS, *(gradients(way, given, direct=direct) for direct in (True, False))):
         assert_bitwise(found, expected)
         assert found[2].count_nonzero() == 0 and found[3].count_nonzero(), name
@@ -71,13 +72,13 @@ def test_a_weight_without_a_buffer_is_left_to_autograd():
     assert sink.finish().tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_a_weight_and_its_bias_that_were_not_cleared_together_are_refused():
+def test_a_weight_and_its_bias_that_were_not_cleared_together_are_refused(device):
     if triton_refusal() is not None:
         pytest.skip(str(triton_refusal()))
-    given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=1)
+    given = cases.inputs(T, H, F, E, K, dtype=torch.float32, seed=1, device=device)
     stacks = [given[name].requires_grad_() for name in STACKS]
     for stack in stacks:
-        stack.main_grad, stack.grad_added_to_main_grad = torch.zeros(stack.shape), stack is stacks[0]
+        stack.main_grad, stack.grad_added_to_main_grad = torch.zeros_like(stack.detach()), stack is stacks[0]
     out = fused(given["x_TH"], given["weights_TK"], CHOICES[0][:, None], *stacks, direct=True)
     with pytest.raises(ValueError, match="main_grad of a weight and of its bias must be cleared together"):
         out.sum().backward()

@@ -25,8 +25,11 @@ def to_fp8(w_EKN: Tensor, *, passes: str = "both", implementation: str = "auto")
         passes: ``forward``, ``backward`` or ``both``: the orientations that are made.
     """
     _check_weight(w_EKN)
-    codes, scales = mx.quantise_tiles(w_EKN.detach(), implementation=implementation)
-    return Weights("fp8", *_orientations(codes, passes, first="backward"), scales, tuple(w_EKN.shape[1:]))
+    forward, backward = _passes(passes)
+    lying, flipped, scales = mx.quantise_tiles_in(
+        w_EKN.detach(), plain=backward, flipped=forward, implementation=implementation
+    )
+    return Weights("fp8", flipped, lying, scales, tuple(w_EKN.shape[1:]))
 
 
 def to_mxfp4(w_EKN: Tensor, *, passes: str = "both", implementation: str = "auto") -> Weights:
@@ -47,13 +50,10 @@ def _check_weight(w_EKN: Tensor) -> None:
     check_contiguous(w_EKN=w_EKN)
 
 
-def _orientations(codes: Tensor, passes: str, *, first: str) -> tuple[Tensor | None, Tensor | None]:
-    """Codes for (forward, backward) of those that are of the ``first``; a pass that is not asked for costs nothing."""
+def _passes(passes: str) -> tuple[bool, bool]:
+    """(forward, backward)."""
     check(passes in ("forward", "backward", "both"), f"passes={passes!r}; allowed: forward, backward, both")
-    made = {first: codes if passes in (first, "both") else None}
-    other = "forward" if first == "backward" else "backward"
-    made[other] = codes.transpose(1, 2).contiguous() if passes in (other, "both") else None
-    return made["forward"], made["backward"]
+    return passes != "backward", passes != "forward"
 
 
 def packed_to_fp8(
@@ -70,13 +70,15 @@ def packed_to_fp8(
         ValueError: a scale is NaN, or the exponents of some 128x128 tiles spread too far to be exact; their number is
             given.
     """
-    codes, tile_scales, fits = mx.mxfp4_to_e4m3(blocks, scales, implementation=implementation)
+    forward, backward = _passes(passes)
+    lying, flipped, tile_scales, fits = mx.mxfp4_to_e4m3_in(
+        blocks, scales, plain=forward, flipped=backward, implementation=implementation
+    )
     if not checked:
         mx.check_scales(scales)
         check_fits(fits)
     _, N, groups = scales.shape
-    flipped = tile_scales.transpose(1, 2).contiguous()
-    return Weights("fp8", *_orientations(codes, passes, first="forward"), flipped, (groups * 32, N))
+    return Weights("fp8", lying, flipped, tile_scales.transpose(1, 2).contiguous(), (groups * 32, N))
 
 
 def check_fits(fits: Tensor) -> None:

@@ -33,12 +33,14 @@ def expert_dots_kernel(
 @triton.jit
 def weight_grad_kernel(
     a_ptr, b_ptr, weights_ptr, grad_ptr, bias_grad_ptr, counts_ptr, row_entry_ptr, E, K_SIZE, N_SIZE,
-    SLOTS: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ACCUMULATE: tl.constexpr,
+    FIRST: tl.constexpr, SLOTS: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ACCUMULATE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, BIAS_DTYPE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one expert's weight, ``a^T @ b`` over its rows, and of its bias, the sum of ``b``.
 
+    FIRST: the tile of k that program 0 has. Those of tile 0 alone sum the bias, and are launched by themselves: the sum
+    takes 200 of their loop's 350 instructions, for which the tensor cores wait.
     GATHER_A, GATHER_B: that side is indexed by token, not by row. With GATHER_B the bias weighs each row by its router
     weight (``a`` carries the weight already). ACCUMULATE adds to what is there; otherwise it is written, also for an
     expert without rows.
@@ -48,7 +50,7 @@ def weight_grad_kernel(
     counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
     first_row = tl.sum(tl.where(experts < expert, (counts + TILE - 1) // TILE * TILE, 0), 0)
     count = tl.sum(tl.where(experts == expert, counts, 0), 0)
-    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = (FIRST + tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
@@ -65,17 +67,18 @@ def weight_grad_kernel(
         b_mask = row_mask[:, None] & (n[None, :] < N_SIZE)
         b = tl.load(b_ptr + b_rows[:, None] * N_SIZE + n[None, :], mask=b_mask, other=0.0)
         acc = rounding.product(tl.trans(a), b, acc)
-        if GATHER_B:
-            weight = tl.load(weights_ptr + entry, mask=row_mask, other=0.0)
-            bias += tl.sum(b.to(tl.float32) * weight[:, None], 0)
-        else:
-            bias += tl.sum(b.to(tl.float32), 0)
+        if FIRST == 0:
+            if GATHER_B:
+                weight = tl.load(weights_ptr + entry, mask=row_mask, other=0.0)
+                bias += tl.sum(b.to(tl.float32) * weight[:, None], 0)
+            else:
+                bias += tl.sum(b.to(tl.float32), 0)
     place = grad_ptr + expert.to(tl.int64) * K_SIZE * N_SIZE + k[:, None].to(tl.int64) * N_SIZE + n[None, :]
     mask = (k[:, None] < K_SIZE) & (n[None, :] < N_SIZE)
     if ACCUMULATE:
         acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, rounding.cast(acc, GRAD_DTYPE), mask=mask)
-    if tl.program_id(0) == 0:
+    if FIRST == 0:
         bias_place = bias_grad_ptr + expert * N_SIZE + n
         if ACCUMULATE:
             bias += tl.load(bias_place, mask=n < N_SIZE, other=0.0).to(tl.float32)

@@ -2,7 +2,8 @@
 
 ``triton`` loads weights through pointers, one program a tile. ``tma`` loads them through descriptors; in
 ``tma-persistent`` as many programs as the GPU has multiprocessors go from tile to tile, so that none waits for the
-slowest of a wave.
+slowest of a wave. ``tma-wide`` multiplies rows, and makes the gradients of weights, in tiles of 256 columns too,
+which ask the second cache for three quarters of the bytes; of 2880 columns its last tile has a quarter.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ class Schedule:
     persistent: bool = False
     num_stages: int = 3
     num_warps: int = 8
+    row_columns: int = ROW_COLUMNS
+    """Of a tile of a product of rows with plain weights."""
+    grad_columns: int = 128
+    """Of a tile of a weight's gradient."""
 
-    def blocks(self, kind: str, tile: int, columns: int) -> dict[str, int]:
+    def blocks(self, kind: str, tile: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
         return {
-            "BLOCK_M": tile, "BLOCK_N": columns, "BLOCK_K": 128 if kind == "fp8" else 64, "GROUP": GROUP,
+            "BLOCK_M": tile, "BLOCK_N": columns, "BLOCK_K": 128 if kind == "fp8" else sum_block(dtype), "GROUP": GROUP,
             "num_warps": self.num_warps, "num_stages": self.num_stages,
         }  # fmt: skip
 
@@ -52,6 +57,7 @@ SCHEDULES = {
     "triton": Schedule(),
     "tma": Schedule(descriptors=True),
     "tma-4-stages": Schedule(descriptors=True, num_stages=4),
+    "tma-wide": Schedule(descriptors=True, row_columns=256, grad_columns=256),
     "tma-persistent": Schedule(descriptors=True, persistent=True),
 }
 """By the names of implementations. ``auto`` takes the first: none is known to be faster until a GPU has shown it."""
@@ -100,6 +106,12 @@ class Weights:
         if self.kind == "mxfp4":
             stored, block[2] = stored.flatten(2), block[2] // 2
         return descriptor(stored, block), rows_are_k
+
+
+def sum_block(dtype: torch.dtype) -> int:
+    """Of a product's sum, how much is loaded at a time. fp32 has no tensor cores for exact products: 64 would take 295
+    KB of shared memory in four stages, and 27 KB of stack a thread (Triton 3.6, sm_90)."""
+    return 32 if dtype == torch.float32 else 64
 
 
 def backward_columns(kind: str) -> int:
@@ -152,7 +164,7 @@ def _weight_arguments(schedule: Schedule, w: Weights, blocks: dict[str, int], *,
 def gate_up_fwd(schedule: Schedule, x, x_scales, w: Weights, bias, z, a, a_scales, index: RowIndex, limit, slots):
     """Fills z, a and (fp8) the scales of a."""
     (H, G), num_m = w.sizes, index.num_rows // index.tile
-    blocks = schedule.blocks(w.kind, index.tile, FORWARD_COLUMNS)
+    blocks = schedule.blocks(w.kind, index.tile, FORWARD_COLUMNS, z.dtype)
     tile = blocks if w.kind == "plain" else {**blocks, "BLOCK_N": FORWARD_COLUMNS // 2}  # a half is loaded at a time
     weight, strides, named = _weight_arguments(schedule, w, tile, transposed=False)
     scale_strides, named = w.scale_strides(transposed=False), {**named, **blocks}
@@ -172,13 +184,14 @@ def rows_times(
     """Fills ``out`` with rows times their expert's weight, plus its bias where there is one. Where a token has one
     slot a row goes to its token, times its weight where there is a bias."""
     K, N = w.sizes[::-1] if transposed else w.sizes
-    num_m, blocks = index.num_rows // index.tile, schedule.blocks(w.kind, index.tile, ROW_COLUMNS)
+    num_m, columns = index.num_rows // index.tile, schedule.row_columns if w.kind == "plain" else ROW_COLUMNS
+    blocks = schedule.blocks(w.kind, index.tile, columns, out.dtype)
     weight, strides, named = _weight_arguments(schedule, w, blocks, transposed=transposed)
     scale_strides, named = w.scale_strides(transposed=transposed), {**named, **blocks}
     common = {
         "BIAS": bias is not None, "SCATTER": weights_TK.shape[1] == 1, "KIND": w.kind, "DTYPE": triton_dtype(out.dtype)
     }  # fmt: skip
-    launch = _kernels(schedule).rows_kernel[schedule.grid(num_m * cdiv(N, ROW_COLUMNS), out.device)]
+    launch = _kernels(schedule).rows_kernel[schedule.grid(num_m * cdiv(N, columns), out.device)]
     behind = (row_scales, weight, w.scales, out if bias is None else bias, weights_TK, out, index.row_entry,
               index.tile_expert)  # fmt: skip
     if schedule.descriptors:
@@ -196,7 +209,7 @@ def down_bwd(
     """Fills dz, ``weight * a``, each tile's part of the router weights' gradient, and (fp8) dz as FP8 rows."""
     (F, H), num_m = w.sizes, index.num_rows // index.tile
     columns = backward_columns(w.kind)
-    blocks = schedule.blocks(w.kind, index.tile, columns)
+    blocks = schedule.blocks(w.kind, index.tile, columns, z.dtype)
     weight, strides, named = _weight_arguments(schedule, w, blocks, transposed=True)
     scale_strides, named = w.scale_strides(transposed=True), {**named, **blocks}
     made = (grad, grad_scales, weight, w.scales, dots_TE, z, weights_TK, dz, dz_codes, dz_scales, weighted_a, parts,

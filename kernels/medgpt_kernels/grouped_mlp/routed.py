@@ -117,9 +117,9 @@ def _expert_dots(grad_TH: Tensor, bias_EH: Tensor) -> Tensor:
 
 def weight_grads(
     a: Tensor, b: Tensor, weights_TK: Tensor, index: RowIndex, *, gather_a: bool, gather_b: bool, grad_EKN: Tensor,
-    grad_bias_EN: Tensor, accumulate: bool,
+    grad_bias_EN: Tensor, accumulate: bool, columns: int = 128,
 ) -> None:  # fmt: skip
-    """Write, or add to, the gradients of one projection of all experts.
+    """Write, or add to, the gradients of one projection of all experts, in tiles of 128 rows and some columns.
 
     Raises:
         ValueError: rows, gradients or the index do not fit one another.
@@ -132,13 +132,15 @@ def weight_grads(
     check_shape("grad_bias_EN", grad_bias_EN, (E, N_SIZE))
     check_same_dtype("a", a=a, b=b)
     check_contiguous(a=a, b=b, weights_TK=weights_TK, grad_EKN=grad_EKN, grad_bias_EN=grad_bias_EN)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 64}
-    _gradients().weight_grad_kernel[(launch.cdiv(K_SIZE, 128), launch.cdiv(N_SIZE, 128), E)](
-        a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE,
-        SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,
-        GRAD_DTYPE=triton_dtype(grad_EKN.dtype), BIAS_DTYPE=triton_dtype(grad_bias_EN.dtype), TILE=index.tile,
-        BLOCK_E=block_e(E), **blocks, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    blocks = {"BLOCK_M": 128, "BLOCK_R": launch.sum_block(a.dtype)}
+    for first, count, width in ((0, 1, 128), (1, launch.cdiv(K_SIZE, 128) - 1, columns)):
+        if count:
+            _gradients().weight_grad_kernel[(count, launch.cdiv(N_SIZE, width), E)](
+                a, b, weights_TK, grad_EKN, grad_bias_EN, index.counts, index.row_entry, E, K_SIZE, N_SIZE, FIRST=first,
+                SLOTS=weights_TK.shape[1], GATHER_A=gather_a, GATHER_B=gather_b, ACCUMULATE=accumulate,
+                GRAD_DTYPE=triton_dtype(grad_EKN.dtype), BIAS_DTYPE=triton_dtype(grad_bias_EN.dtype), TILE=index.tile,
+                BLOCK_E=block_e(E), BLOCK_N=width, **blocks, num_warps=8, num_stages=3,
+            )  # fmt: skip
 
 
 class _RoutedMLP(torch.autograd.Function):
@@ -170,7 +172,7 @@ class _RoutedMLP(torch.autograd.Function):
             )
             weight_grads(
                 a, b, weights_TK, index, gather_a=gather_a, gather_b=not gather_a, grad_EKN=sinks[0].out,
-                grad_bias_EN=sinks[1].out, accumulate=sinks[0].accumulate,
+                grad_bias_EN=sinks[1].out, accumulate=sinks[0].accumulate, columns=ctx.schedule.grad_columns,
             )  # fmt: skip
             learned += [sink.hand_over() for sink in sinks]
         return dx, d_weights, *learned, *[None] * 6
@@ -179,7 +181,7 @@ class _RoutedMLP(torch.autograd.Function):
 def routed_mlp(
     x_TH: Tensor, weights_TK: Tensor, index: RowIndex, gate_up_EHG: Tensor, gate_up_bias_EG: Tensor, down_EFH: Tensor,
     down_bias_EH: Tensor, *, limit: float, precision: str = "bf16", direct: bool = False,
-    implementation: str = "auto",
+    rounded: tuple[Weights, Weights] | None = None, implementation: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Tokens to the weighted sum of their experts' outputs, with all gradients.
 
@@ -192,6 +194,8 @@ def routed_mlp(
             weights to E4M3 for the products (weight gradients stay in the dtype of ``x_TH``); ``mxfp4`` rounds the
             weights alone, and their gradients pass straight through.
         direct: gradients of weights that have a ``main_grad`` are written there (``weight_grads``), in its dtype.
+        rounded: ``to_fp8`` or ``to_mxfp4`` of both stacks as they are now, for ``precision`` fp8 or mxfp4: made once
+            and kept for the micro-batches of an optimizer's step. Without it each pass rounds them anew.
 
     Returns:
         (T, H), in the dtype of ``x_TH``.
@@ -200,6 +204,8 @@ def routed_mlp(
         ValueError: shapes, dtypes, layouts or devices that are not served.
     """
     check(precision in PRECISIONS, f"precision={precision!r}; allowed: {', '.join(PRECISIONS)}")
+    for w in rounded or ():
+        check(w.kind == precision, f"rounded is of kind {w.kind}; precision={precision}, they must be equal")
     check_tokens(x_TH, weights_TK, index, ANY_FLOAT if implementation == "reference" else FLOATS)
     given = {"gate_up_EHG": gate_up_EHG, "down_EFH": down_EFH}
     for name, stack in given.items():
@@ -216,6 +222,8 @@ def routed_mlp(
         )  # fmt: skip
     if precision == "bf16":
         w1, w2 = plain(gate_up_EHG), plain(down_EFH)
+    elif rounded is not None:
+        w1, w2 = rounded
     else:  # made in each pass and not kept in between: they would stay for every layer until its backward pass
         made = to_fp8 if precision == "fp8" else to_mxfp4
         w1, w2 = partial(made, gate_up_EHG), partial(made, down_EFH)

@@ -174,6 +174,14 @@ def gate_up_fwd_kernel(
 
 
 @triton.jit
+def clamped(gate, up, limit):
+    """NaN stays NaN: the hardware's minimum, and Triton's unless told, gives the other number."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return gate, tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE: tl.constexpr):
     """Clamped SwiGLU of ``z + bias`` after rounding, which is stored too; (rows, columns / 2), 0 beyond the width."""
     bias = tl.load(bias_ptr + columns, mask=columns < G, other=0.0)
@@ -181,8 +189,7 @@ def activated(z, bias_ptr, z_ptr, rows, row_mask, columns, G, limit, DTYPE: tl.c
     mask = row_mask[:, None] & (columns[None, :] < G)
     tl.store(z_ptr + rows[:, None] * G + columns[None, :], z, mask=mask)
     gate, up = tl.split(tl.reshape(z.to(tl.float32), (rows.shape[0], columns.shape[0] // 2, 2)))
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
+    gate, up = clamped(gate, up, limit)
     a = (up + 1.0) * gate * tl.sigmoid(gate * ALPHA)
     inner = tl.min(columns, 0) // 2 + tl.arange(0, columns.shape[0] // 2)
     return tl.where(inner[None, :] < G // 2, a, 0.0)
@@ -291,8 +298,7 @@ def activation_bwd(
     z_place = rows[:, None] * (2 * F) + pair_columns[None, :]
     z = tl.load(z_ptr + z_place, mask=pair_mask, other=0.0).to(tl.float32)
     raw_gate, raw_up = tl.split(tl.reshape(z, (rows.shape[0], SIZE, 2)))
-    gate = tl.minimum(raw_gate, limit)
-    up = tl.minimum(tl.maximum(raw_up, -limit), limit)
+    gate, up = clamped(raw_gate, raw_up, limit)
     sigmoid = tl.sigmoid(gate * ALPHA)
     swish = gate * sigmoid
     a = (up + 1.0) * swish

@@ -69,24 +69,39 @@ def quantise_rows(x_MK: Tensor, *, implementation: str = "auto") -> tuple[Tensor
     return codes.view(E4M3), scales
 
 
+def _codes(like: Tensor, E: int, R: int, C: int, plain: bool, flipped: bool) -> tuple[Tensor, Tensor]:
+    """Room for codes as they lie and transposed; of no matrices where they are not wanted."""
+    made = {"dtype": torch.uint8, "device": like.device}
+    return torch.empty((E if plain else 0, R, C), **made), torch.empty((E if flipped else 0, C, R), **made)
+
+
+def _wanted(codes: Tensor, flipped_codes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    lying, flipped = (c.view(E4M3) if c.numel() else None for c in (codes, flipped_codes))
+    return lying, flipped
+
+
 @torch.library.custom_op("medgpt_kernels::quantise_tiles", mutates_args=())
-def _quantise_tiles(w_ERC: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    if implementation == "reference":
-        codes, scales = reference.quantise_tiles(w_ERC)
-        return codes.view(torch.uint8), scales
+def _quantise_tiles(w_ERC: Tensor, plain: bool, flipped: bool, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     E, R, C = w_ERC.shape
+    codes, flipped_codes = _codes(w_ERC, E, R, C, plain, flipped)
+    if implementation == "reference":
+        made, scales = reference.quantise_tiles(w_ERC)
+        codes.copy_(made.view(torch.uint8)[: codes.shape[0]])
+        flipped_codes.copy_(made.view(torch.uint8)[: flipped_codes.shape[0]].transpose(1, 2))
+        return codes, flipped_codes, scales
     grid = (_cdiv(R, FP8_BLOCK), _cdiv(C, FP8_BLOCK), E)
-    codes = torch.empty((E, R, C), dtype=torch.uint8, device=w_ERC.device)
     scales = torch.empty((E, *grid[:2]), dtype=torch.float32, device=w_ERC.device)
-    _kernels().quantise_tiles_kernel[grid](w_ERC, codes, scales, R, C)
-    return codes, scales
+    _kernels().quantise_tiles_kernel[grid](
+        w_ERC, codes, flipped_codes, scales, R, C, PLAIN=plain, FLIPPED=flipped, num_warps=8
+    )
+    return codes, flipped_codes, scales
 
 
 @_quantise_tiles.register_fake
-def _(w_ERC, implementation):
+def _(w_ERC, plain, flipped, implementation):
     E, R, C = w_ERC.shape
     scales = w_ERC.new_empty((E, _cdiv(R, FP8_BLOCK), _cdiv(C, FP8_BLOCK)), dtype=torch.float32)
-    return w_ERC.new_empty((E, R, C), dtype=torch.uint8), scales
+    return *_codes(w_ERC, E, R, C, plain, flipped), scales
 
 
 def quantise_tiles(w_ERC: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
@@ -98,13 +113,25 @@ def quantise_tiles(w_ERC: Tensor, *, implementation: str = "auto") -> tuple[Tens
     Returns:
         float8_e4m3fn (E, R, C) and fp32 (E, ceil(R / 128), ceil(C / 128)).
     """
+    codes, _, scales = quantise_tiles_in(w_ERC, plain=True, flipped=False, implementation=implementation)
+    assert codes is not None
+    return codes, scales
+
+
+def quantise_tiles_in(
+    w_ERC: Tensor, *, plain: bool, flipped: bool, implementation: str = "auto"
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """As ``quantise_tiles``, the codes as they lie (``plain``) and transposed, (E, C, R) (``flipped``), each where it
+    is wanted, in one pass over the weights: transposing codes afterwards reads and writes them again, byte by byte."""
     check(
         w_ERC.dim() == 3 and w_ERC.numel() > 0, f"w_ERC has shape {tuple(w_ERC.shape)}; allowed: (E, R, C), not empty"
     )
     check_dtype("w_ERC", w_ERC, FLOATS)
     check_contiguous(w_ERC=w_ERC)
-    codes, scales = _quantise_tiles(w_ERC, choose("mx.quantise_tiles", implementation, _serves(w_ERC)))
-    return codes.view(E4M3), scales
+    check(plain or flipped, "plain and flipped are both False; one of them must be wanted")
+    chosen = choose("mx.quantise_tiles", implementation, _serves(w_ERC))
+    codes, flipped_codes, scales = _quantise_tiles(w_ERC, plain, flipped, chosen)
+    return *_wanted(codes, flipped_codes), scales
 
 
 @torch.library.custom_op("medgpt_kernels::quantise_mxfp4", mutates_args=())
@@ -215,31 +242,37 @@ def _cuda_serves(tensor: Tensor, dtype: torch.dtype | None = None, allowed: tupl
 
 
 @torch.library.custom_op("medgpt_kernels::mxfp4_to_e4m3", mutates_args=())
-def _mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
-    if implementation == "reference":
-        codes, tile_scales, fits = reference.mxfp4_to_e4m3(blocks, scales)
-        return codes.view(torch.uint8), tile_scales, fits
+def _mxfp4_to_e4m3(
+    blocks: Tensor, scales: Tensor, plain: bool, flipped: bool, implementation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     E, N, groups = scales.shape
     K = groups * MX_BLOCK
+    codes, flipped_codes = _codes(blocks, E, N, K, plain, flipped)
+    if implementation == "reference":
+        made, tile_scales, fits = reference.mxfp4_to_e4m3(blocks, scales)
+        codes.copy_(made.view(torch.uint8)[: codes.shape[0]])
+        flipped_codes.copy_(made.view(torch.uint8)[: flipped_codes.shape[0]].transpose(1, 2))
+        return codes, flipped_codes, tile_scales, fits
     grid = (_cdiv(N, FP8_BLOCK), _cdiv(K, FP8_BLOCK), E)
-    codes = torch.empty((E, N, K), dtype=torch.uint8, device=blocks.device)
     tile_scales = torch.empty((E, *grid[:2]), dtype=torch.float32, device=blocks.device)
     fits = torch.empty((E, *grid[:2]), dtype=torch.int8, device=blocks.device)
     if implementation == "cuda":
         from medgpt_kernels.mx import cuda
 
-        cuda.to_e4m3(blocks, scales, codes, tile_scales, fits)
+        cuda.to_e4m3(blocks, scales, codes if plain else None, flipped_codes if flipped else None, tile_scales, fits)
     else:
-        _kernels().mxfp4_to_e4m3_kernel[grid](blocks, scales, codes, tile_scales, fits, N, K)
-    return codes, tile_scales, fits.bool()
+        _kernels().mxfp4_to_e4m3_kernel[grid](
+            blocks, scales, codes, flipped_codes, tile_scales, fits, N, K, PLAIN=plain, FLIPPED=flipped, num_warps=8
+        )
+    return codes, flipped_codes, tile_scales, fits.bool()
 
 
 @_mxfp4_to_e4m3.register_fake
-def _(blocks, scales, implementation):
+def _(blocks, scales, plain, flipped, implementation):
     E, N, groups = scales.shape
     tiles = (E, _cdiv(N, FP8_BLOCK), _cdiv(groups * MX_BLOCK, FP8_BLOCK))
-    codes = blocks.new_empty((E, N, groups * MX_BLOCK))
-    return codes, blocks.new_empty(tiles, dtype=torch.float32), blocks.new_empty(tiles, dtype=torch.bool)
+    codes = _codes(blocks, E, N, groups * MX_BLOCK, plain, flipped)
+    return *codes, blocks.new_empty(tiles, dtype=torch.float32), blocks.new_empty(tiles, dtype=torch.bool)
 
 
 def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -248,13 +281,26 @@ def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor, *, implementation: str = "auto
     Returns:
         float8_e4m3fn (E, N, K); fp32 tile scales; bool ``fits`` of each tile. Count ``~fits`` and use bf16 there.
     """
+    made = mxfp4_to_e4m3_in(blocks, scales, plain=True, flipped=False, implementation=implementation)
+    codes, _, tile_scales, fits = made
+    assert codes is not None
+    return codes, tile_scales, fits
+
+
+def mxfp4_to_e4m3_in(
+    blocks: Tensor, scales: Tensor, *, plain: bool, flipped: bool, implementation: str = "auto"
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """As ``mxfp4_to_e4m3``, the codes as they lie and transposed, (E, K, N), each where it is wanted: see
+    ``quantise_tiles_in``."""
     check(
         blocks.dim() == 4 and blocks.numel() > 0, f"blocks has shape {tuple(blocks.shape)}; allowed: (E, N, K / 32, 16)"
     )
     check_packed(blocks, scales)
     serves = {**_cuda_serves(blocks), **_serves(blocks, scales)}
-    codes, tile_scales, fits = _mxfp4_to_e4m3(blocks, scales, choose("mx.mxfp4_to_e4m3", implementation, serves))
-    return codes.view(E4M3), tile_scales, fits
+    check(plain or flipped, "plain and flipped are both False; one of them must be wanted")
+    chosen = choose("mx.mxfp4_to_e4m3", implementation, serves)
+    codes, flipped_codes, tile_scales, fits = _mxfp4_to_e4m3(blocks, scales, plain, flipped, chosen)
+    return *_wanted(codes, flipped_codes), tile_scales, fits
 
 
 class _FakeQuantise(torch.autograd.Function):

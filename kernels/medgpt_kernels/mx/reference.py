@@ -39,9 +39,14 @@ def to_e4m3(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), codes, torch.full_like(codes, 0x7F)).view(E4M3)
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32 for exponents of normal numbers, -126 .. 127, from its bits: CUDA's pow and exp2 may be a few
+    units off, and torch.ldexp calls them."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
-    # torch.ldexp multiplies by pow(2, e), which is exact for these exponents in fp32.
-    return x * torch.pow(2.0, exponent.to(torch.float32))
+    return x * power_of_two(exponent)
 
 
 def quantise_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +54,7 @@ def quantise_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     groups = x_MK.float().split(FP8_BLOCK, dim=-1)
     exponents = torch.stack([e4m3_exponent(_finite_size(group).amax(-1)) for group in groups], -1)
     codes = [to_e4m3(_ldexp(group, -exponents[:, i : i + 1])).view(torch.uint8) for i, group in enumerate(groups)]
-    return torch.cat(codes, -1).view(E4M3), torch.pow(2.0, exponents.float())
+    return torch.cat(codes, -1).view(E4M3), power_of_two(exponents)
 
 
 def dequantise_rows(codes_MK: Tensor, scales_MG: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,7 +84,7 @@ def quantise_tiles(w_ERC: Tensor) -> tuple[Tensor, Tensor]:
         tile = w_ERC[:, rows, columns].float()
         exponent = e4m3_exponent(_finite_size(tile).amax((1, 2)))
         codes[:, rows, columns] = to_e4m3(_ldexp(tile, -exponent[:, None, None]))
-        scales[:, rows.start // FP8_BLOCK, columns.start // FP8_BLOCK] = torch.pow(2.0, exponent.float())
+        scales[:, rows.start // FP8_BLOCK, columns.start // FP8_BLOCK] = power_of_two(exponent)
     return codes, scales
 
 
@@ -173,6 +178,6 @@ def mxfp4_to_e4m3(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tenso
         scaled = torch.where(is_nan[:, rows, groups], torch.full_like(scaled, float("nan")), scaled)
         codes[:, rows, columns] = to_e4m3(scaled).flatten(2)
         at = (slice(None), rows.start // FP8_BLOCK, columns.start // FP8_BLOCK)
-        tile_scales[at] = torch.pow(2.0, tile_exponent.float())
+        tile_scales[at] = power_of_two(tile_exponent)
         fits[at] = ((relative >= -8) | ~used).all(-1).all(-1)
     return codes, tile_scales, fits

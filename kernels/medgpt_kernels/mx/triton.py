@@ -23,7 +23,22 @@ def quantise_rows_kernel(x_ptr, codes_ptr, scales_ptr, M, K, G, BLOCK_M: tl.cons
 
 
 @triton.jit
-def quantise_tiles_kernel(w_ptr, codes_ptr, scales_ptr, R, C):
+def store_codes(codes_ptr, flipped_ptr, codes, matrix, R, C, PLAIN: tl.constexpr, FLIPPED: tl.constexpr):
+    """A 128x128 tile of codes as it lies in (R, C), and transposed."""
+    rows = tl.program_id(0) * 128 + tl.arange(0, 128)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    if PLAIN:
+        place = matrix * R * C + rows[:, None].to(tl.int64) * C + columns[None, :]
+        tl.store(codes_ptr + place, codes, mask=(rows[:, None] < R) & (columns[None, :] < C))
+    if FLIPPED:
+        place = matrix * R * C + columns[:, None].to(tl.int64) * R + rows[None, :]
+        tl.store(flipped_ptr + place, tl.trans(codes), mask=(columns[:, None] < C) & (rows[None, :] < R))
+
+
+@triton.jit
+def quantise_tiles_kernel(
+    w_ptr, codes_ptr, flipped_ptr, scales_ptr, R, C, PLAIN: tl.constexpr, FLIPPED: tl.constexpr
+):  # fmt: skip
     """One program: one 128x128 tile of one matrix."""
     matrix = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -32,7 +47,8 @@ def quantise_tiles_kernel(w_ptr, codes_ptr, scales_ptr, R, C):
     place = matrix * R * C + rows[:, None].to(tl.int64) * C + columns[None, :]
     w = tl.load(w_ptr + place, mask=inside, other=0.0).to(tl.float32)
     exponent = rounding.e4m3_exponent(tl.max(tl.max(rounding.finite_size(w), 1), 0))
-    tl.store(codes_ptr + place, rounding.to_e4m3(w * rounding.power_of_two(-exponent)), mask=inside)
+    codes = rounding.to_e4m3(w * rounding.power_of_two(-exponent))
+    store_codes(codes_ptr, flipped_ptr, codes, matrix, R, C, PLAIN, FLIPPED)
     tile = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(scales_ptr + tile, rounding.power_of_two(exponent))
 
@@ -75,12 +91,14 @@ def unpack_mxfp4_kernel(blocks_ptr, scales_ptr, w_ptr, num_groups, DTYPE: tl.con
 
 
 @triton.jit
-def mxfp4_to_e4m3_kernel(blocks_ptr, scales_ptr, codes_ptr, tile_scales_ptr, fits_ptr, N, K):
+def mxfp4_to_e4m3_kernel(
+    blocks_ptr, scales_ptr, codes_ptr, flipped_ptr, tile_scales_ptr, fits_ptr, N, K,
+    PLAIN: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
     """One program: one 128x128 tile of one matrix, exact where the exponents of its groups spread over at most 14."""
     matrix = tl.program_id(2).to(tl.int64)
     rows = matrix * N + tl.program_id(0) * 128 + tl.arange(0, 128)
     rows_inside = tl.program_id(0) * 128 + tl.arange(0, 128) < N
-    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     bytes_ = tl.program_id(1) * 64 + tl.arange(0, 64)
     groups = tl.program_id(1) * 4 + tl.arange(0, 4)
     inside = rows_inside[:, None] & (bytes_[None, :] < K // 2)
@@ -96,9 +114,7 @@ def mxfp4_to_e4m3_kernel(blocks_ptr, scales_ptr, codes_ptr, tile_scales_ptr, fit
     factor = rounding.power_of_two(tl.minimum(tl.maximum(relative, -40), 6))
     factor = tl.where(scale == 255, float("nan"), factor)
     codes = rounding.to_e4m3(tl.reshape(values * factor[:, :, None], (128, 128)))
-    tl.store(
-        codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=rows_inside[:, None] & (columns[None, :] < K)
-    )
+    store_codes(codes_ptr, flipped_ptr, codes, matrix, N, K, PLAIN, FLIPPED)
     tile = (matrix * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(tile_scales_ptr + tile, rounding.power_of_two(exponent))
     tl.store(fits_ptr + tile, fits.to(tl.int8))

@@ -54,8 +54,9 @@ def pack(w: Tensor, blocks: Tensor, scales: Tensor, mode: str) -> None:
 
 
 def to_e4m3(
-    blocks: Tensor, scales: Tensor, codes: Tensor, tile_scales: Tensor, fits: Tensor, transposed: Tensor | None = None
+    blocks: Tensor, scales: Tensor, codes: Tensor | None, transposed: Tensor | None, tile_scales: Tensor, fits: Tensor
 ) -> None:
-    """MXFP4 to E4M3 with a power of two per 128x128 tile, and its transposed copy (E, K, N) where one is given."""
+    """MXFP4 to E4M3 with a power of two per 128x128 tile, as it lies (E, N, K) and transposed (E, K, N), each where
+    room is given."""
     matrices, rows, groups = scales.shape
     _call("medgpt_mx_to_e4m3", blocks, scales, codes, transposed, tile_scales, fits, matrices, rows, groups * 32)

@@ -43,15 +43,15 @@ MX_FUNCTION float from_e2m1(uint32_t code) {
   return code & 8u ? -value : value;
 }
 
-// Nearest even, saturating at 6; x must not be NaN.
+// Nearest even, saturating at 6; x must not be NaN. The step between codes is 2^(e - 1) with e the exponent of the value
+// or 0: an addend of 1.5 * 2^(22 + e), whose last bit is that step, makes the hardware's addition round.
 MX_FUNCTION uint32_t to_e2m1(float x) {
   uint32_t sign = bits_of(x) >> 31;
   float size = float_of(bits_of(x) & 0x7fffffffu);
   size = size < 6.0f ? size : 6.0f;
-  uint32_t bits = bits_of(size);
-  uint32_t normal = ((bits + 0x1fffffu + ((bits >> 22) & 1u)) >> 22) - (126u << 1);
-  uint32_t subnormal = bits_of(size + 4194304.0f) - 0x4a800000u;
-  return (size < 1.0f ? subnormal : normal) | (sign << 3);
+  uint32_t exponent = bits_of(size > 1.0f ? size : 1.0f) & 0x7f800000u;
+  uint32_t steps = bits_of(size + float_of(exponent + (22u << 23) + 0x400000u)) - ((127u + 22u) << 23) - 0x400000u;
+  return ((steps + (steps >> 22)) & 7u) | (sign << 3);  // two codes more for each exponent
 }
 
 // Nearest even, saturating at 448; NaN and infinities to 0x7F.
@@ -66,18 +66,31 @@ MX_FUNCTION uint32_t to_e4m3(float x) {
   return (size < 0.015625f ? subnormal : normal) | (sign << 7);
 }
 
+// E4M3 codes of the eight magnitudes of E2M1 times 2^r, one a byte; r in -40 .. 6. Where all of them are normal numbers
+// or 0, they are those of r = -6 with r + 6 added to each exponent.
+struct Table {
+  uint32_t low, high;
+};
+
+MX_FUNCTION Table e4m3_table(int r) {
+  if (r >= -5) {
+    uint32_t more = uint32_t(r + 6) * 8u;
+    return {0x0c080000u + more * 0x01010100u, 0x1c181410u + more * 0x01010101u};
+  }
+  Table made = {0, 0};
+  for (uint32_t code = 0; code < 4; ++code) {
+    made.low |= to_e4m3(from_e2m1(code) * power_of_two(r)) << (8 * code);
+    made.high |= to_e4m3(from_e2m1(code + 4) * power_of_two(r)) << (8 * code);
+  }
+  return made;
+}
+
 // E8M0 byte of a block whose largest finite magnitude is amax: 2^ceil(log2(amax / 6)), or 2^(floor(log2 amax) - 2).
 MX_FUNCTION int block_scale(float amax, bool floor_mode) {
   if (amax == 0.0f) return 0;
   uint32_t bits = bits_of(amax);
   int scale = int(bits >> 23) - 2 + (!floor_mode && (bits & 0x7fffffu) > 0x400000u ? 1 : 0);
   return scale < 0 ? 0 : scale > 254 ? 254 : scale;
-}
-
-// x / 2^(scale - 127), in two steps because 2^(127 - scale) times a subnormal x would need an infinite factor.
-MX_FUNCTION float divide_by_scale(float x, int scale) {
-  int shift = 127 - scale, first = shift < 64 ? shift : 64;
-  return x * power_of_two(first) * power_of_two(shift - first);
 }
 
 }  // namespace mx

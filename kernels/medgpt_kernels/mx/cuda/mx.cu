@@ -10,33 +10,64 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTile = 128;
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+// The two values of a byte as bf16, times 2^-126: the three bits of a magnitude are the last of bf16's exponent and the
+// first of its mantissa, also where they mean a subnormal number.
+__device__ __forceinline__ uint32_t spread(uint32_t byte) {
+  return ((byte * 0x00040040u) & 0x01c001c0u) | ((byte * 0x01001000u) & 0x80008000u);
+}
+
+__device__ __forceinline__ __nv_bfloat162 pair_of(uint32_t bits) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &bits, 4);
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 pair) {
   uint32_t bits;
   memcpy(&bits, &pair, 4);
   return bits;
 }
 
-// Eight values per thread: 4 bytes in, 16 (bf16) or 32 (fp32) out. Four threads share a scale.
+__device__ __forceinline__ uint32_t times(uint32_t pair, uint32_t factor) {
+  return bits_of(__hmul2(pair_of(pair), pair_of(factor)));
+}
+
+// mx::to_e2m1 of two bf16 values times a power of two, in the lowest bits of each half. 1.5 * 2^(6 + e) is the addend whose
+// last bit, in bf16, is the step between codes.
+__device__ __forceinline__ uint32_t to_e2m1_pair(uint32_t pair, uint32_t factor) {
+  __nv_bfloat162 size = __hmin2(pair_of(times(pair, factor) & 0x7fff7fffu), pair_of(0x40c040c0u));  // 6
+  uint32_t exponent = bits_of(__hmax2(size, pair_of(0x3f803f80u))) & 0x7f807f80u;
+  constexpr uint32_t kSixMore = (6u << 7 | 0x40u) * 0x10001u, kOne = (127u << 7) * 0x10001u;
+  uint32_t steps = bits_of(__hadd2(size, pair_of(exponent + kSixMore))) - kSixMore - kOne;
+  return ((steps + (steps >> 6)) & 0x00070007u) | ((pair >> 12) & 0x00080008u);
+}
+
+// Eight values per thread: 4 bytes in, 16 (bf16) or 32 (fp32) out. Four threads share a scale. Instructions count: at four
+// for a value there is as much time for them as for the memory.
 template <bool kBf16>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(const uint32_t* __restrict__ blocks,
                                                           const uint8_t* __restrict__ scales, uint4* __restrict__ out,
                                                           int64_t num_words) {
+  constexpr uint32_t kUp = 0x7e807e80u;  // 2^126, twice
   int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t word = int64_t(blockIdx.x) * kThreads + threadIdx.x; word < num_words; word += stride) {
-    uint32_t packed = __ldg(blocks + word);
-    float scale = mx::from_e8m0(__ldg(scales + (word >> 2)));
-    float value[8];
+    uint32_t packed = __ldg(blocks + word), code = __ldg(scales + (word >> 2)), pair[4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value[i] = mx::from_e2m1((packed >> (4 * i)) & 15u) * scale;
+    for (int i = 0; i < 4; ++i) pair[i] = times(spread((packed >> (8 * i)) & 255u), kUp);
     if (kBf16) {
-      out[word] = make_uint4(pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
-                             pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7]));
+      uint32_t scale = mx::bits_of(mx::from_e8m0(code)) >> 16;
+      scale |= scale << 16;
+      out[word] = make_uint4(times(pair[0], scale), times(pair[1], scale), times(pair[2], scale), times(pair[3], scale));
     } else {
-      out[2 * word] = make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]), __float_as_uint(value[2]),
-                                 __float_as_uint(value[3]));
-      out[2 * word + 1] = make_uint4(__float_as_uint(value[4]), __float_as_uint(value[5]), __float_as_uint(value[6]),
-                                     __float_as_uint(value[7]));
+      float scale = mx::from_e8m0(code);
+      uint32_t wide[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        wide[2 * i] = mx::bits_of(mx::float_of(pair[i] << 16) * scale);
+        wide[2 * i + 1] = mx::bits_of(mx::float_of(pair[i] & 0xffff0000u) * scale);
+      }
+      out[2 * word] = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+      out[2 * word + 1] = make_uint4(wide[4], wide[5], wide[6], wide[7]);
     }
   }
 }
@@ -50,34 +81,28 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint4* __restrict_
   bool inside = word < num_words;
   uint4 raw = inside ? __ldg(w + word) : make_uint4(0, 0, 0, 0);
   const uint32_t parts[4] = {raw.x, raw.y, raw.z, raw.w};
-  float value[8], amax = 0.0f;
-  int not_finite = 0;
+  uint32_t both = 0;  // the largest magnitude of the even and of the odd values, as the integers that bf16's bits are
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    value[i] = mx::float_of(i & 1 ? parts[i >> 1] & 0xffff0000u : parts[i >> 1] << 16);
-    bool finite = mx::is_finite(value[i]);
-    not_finite |= !finite;
-    amax = finite ? fmaxf(amax, fabsf(value[i])) : amax;
-  }
+  for (int i = 0; i < 4; ++i) both = __vmaxu2(both, parts[i] & 0x7fff7fffu);
+  uint32_t amax = max(both & 0xffffu, both >> 16);
 #pragma unroll
-  for (int lane = 1; lane < 4; lane *= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
-    not_finite |= __shfl_xor_sync(0xffffffffu, not_finite, lane);
-  }
+  for (int lane = 1; lane < 4; lane *= 2) amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
   if (!inside) return;
-  int scale = mx::block_scale(amax, floor_mode);
-  uint32_t packed = 0;
+  bool finite = amax < 0x7f80u;
+  int scale = finite ? mx::block_scale(mx::float_of(amax << 16), floor_mode) : 255;
+  uint32_t inverse = uint32_t(finite ? 254 - scale : 127) * 0x00800080u;  // 2^-126 .. 2^127, twice
+  uint32_t codes[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float scaled = not_finite ? 0.0f : mx::divide_by_scale(value[i], scale);
-    packed |= mx::to_e2m1(scaled) << (4 * i);
-  }
-  blocks[word] = packed;
-  if ((word & 3) == 0) scales[word >> 2] = uint8_t(not_finite ? 255 : scale);
+  for (int i = 0; i < 4; ++i) codes[i] = to_e2m1_pair(parts[i], inverse);
+  uint32_t first = __byte_perm(codes[0], codes[1], 0x6420), second = __byte_perm(codes[2], codes[3], 0x6420);
+  uint32_t packed = __byte_perm(first | first >> 4, second | second >> 4, 0x6420);
+  blocks[word] = finite ? packed : 0;
+  if ((word & 3) == 0) scales[word >> 2] = uint8_t(scale);
 }
 
-// One block of threads per 128x128 tile: the largest exponent of its groups, then every value exactly; the transposed
-// copy goes through shared memory. Each thread holds two of the tile's 512 groups of 32.
+// One block of threads per 128x128 tile: the largest exponent of its groups, then every value exactly, four at a time from
+// a table of its group's eight magnitudes; the transposed copy goes through shared memory. Each thread holds two of the
+// tile's 512 groups of 32. What is not wanted, codes or transposed, is null.
 __global__ void __launch_bounds__(kThreads) to_e4m3_kernel(const uint4* __restrict__ blocks,
                                                            const uint8_t* __restrict__ scales,
                                                            uint8_t* __restrict__ codes,
@@ -115,20 +140,18 @@ __global__ void __launch_bounds__(kThreads) to_e4m3_kernel(const uint4* __restri
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int group = threadIdx.x + i * kThreads, row = group / 4;
-    float factor = scale[i] == 255 ? mx::float_of(0x7fc00000u)
-                                   : mx::power_of_two(min(max(scale[i] - 127 - exponent, -40), 6));
+    bool is_nan = scale[i] == 255;
+    mx::Table table = mx::e4m3_table(min(max(scale[i] - 127 - exponent, -40), 6));
+    if (is_nan) table = {0x7f7f7f7fu, 0x7f7f7f7fu};
+    const uint32_t signs = is_nan ? 0u : 0x8000u;  // its second byte is a sign, its first none
     const uint32_t words[4] = {packed[i].x, packed[i].y, packed[i].z, packed[i].w};
     uint32_t out[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      out[j] = 0;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t code = (words[j / 2] >> (16 * (j % 2) + 4 * k)) & 15u;
-        out[j] |= mx::to_e4m3(mx::from_e2m1(code) * factor) << (8 * k);
-      }
+      uint32_t four = words[j / 2] >> (16 * (j % 2));
+      out[j] = __byte_perm(table.low, table.high, four & 0x7777u) | __byte_perm(signs, 0, (four >> 3) & 0x1111u);
     }
-    if (inside[i]) {
+    if (codes != nullptr && inside[i]) {
       int64_t place = (matrix * rows + blockIdx.y * kTile + row) * columns + blockIdx.x * kTile + (group % 4) * 32;
       uint4* to = reinterpret_cast<uint4*>(codes + place);
       to[0] = make_uint4(out[0], out[1], out[2], out[3]);
@@ -146,6 +169,26 @@ __global__ void __launch_bounds__(kThreads) to_e4m3_kernel(const uint4* __restri
   }
   if (transposed == nullptr) return;
   __syncthreads();
+  if (rows % 4 == 0) {  // four rows of four columns a thread, and words of 4 bytes
+#pragma unroll
+    for (int turn = 0; turn < 4; ++turn) {
+      int row = threadIdx.x % 32 * 4, column = (threadIdx.x / 32 + 8 * turn) * 4;
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i] = *reinterpret_cast<const uint32_t*>(&tile[row + i][column]);
+      uint32_t top[2] = {__byte_perm(word[0], word[1], 0x5140), __byte_perm(word[0], word[1], 0x7362)};
+      uint32_t bottom[2] = {__byte_perm(word[2], word[3], 0x5140), __byte_perm(word[2], word[3], 0x7362)};
+      int to_column = blockIdx.y * kTile + row;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int to_row = blockIdx.x * kTile + column + i;
+        uint32_t four = __byte_perm(top[i / 2], bottom[i / 2], i % 2 ? 0x7632 : 0x5410);
+        if (to_row < columns && to_column < rows)
+          *reinterpret_cast<uint32_t*>(transposed + (matrix * columns + to_row) * rows + to_column) = four;
+      }
+    }
+    return;
+  }
   for (int at = threadIdx.x; at < kTile * kTile; at += kThreads) {
     int column = at / kTile, row = at % kTile;
     int to_row = blockIdx.x * kTile + column, to_column = blockIdx.y * kTile + row;
@@ -186,7 +229,7 @@ int medgpt_mx_pack_bf16(const void* w, void* blocks, void* scales, int64_t num_g
   return int(cudaGetLastError());
 }
 
-// transposed may be null.
+// codes or transposed may be null.
 int medgpt_mx_to_e4m3(const void* blocks, const void* scales, void* codes, void* transposed, void* tile_scales,
                       void* fits, int matrices, int rows, int columns, cudaStream_t stream) {
   dim3 grid((columns + kTile - 1) / kTile, (rows + kTile - 1) / kTile, matrices);

@@ -57,7 +57,7 @@ def choose_columns(row: Mapping[str, Any], mapping: Mapping[str, str], table: ob
                 raise UsageError(f"--map {name}={mapping[name]}: {table} has only the columns {listed}")
             columns[name] = mapping[name]
             continue
-        found = [column for column in row if isinstance(column, str) and column.lower() in known]
+        found = [column for column in row if isinstance(column, str) and column.strip().lower() in known]
         if len(found) > 1 and name in ("image", "text"):
             raise UsageError(
                 f"{table} has several columns for {name}: {', '.join(found)}; choose with --map {name}={found[0]}"

@@ -72,11 +72,12 @@ def shards_of_parts(out: Path, settings_digest: str) -> int:
     """
     notes = {found: path for path in out.glob(".part-*.json") if (found := _NOTE.fullmatch(path.name))}
     counts = {int(found[2]) for found in notes}
-    if len(counts) != 1:
+    if not counts:
+        raise UsageError(f"{out} holds no finished part; run every part first, e.g. --part 0/4 to --part 3/4")
+    if len(counts) > 1:
         raise UsageError(
-            f"{out} holds " + (f"parts of arrays of {sorted(counts)}" if counts else "no finished part")
-            + "; run every part with one count and the same --out first, e.g. --part 0/4 to --part 3/4"
-        )  # fmt: skip
+            f"{out} holds parts of arrays of {sorted(counts)}; remove it and run every part with one count"
+        )
     (count,) = counts
     missing = sorted(set(range(count)) - {int(found[1]) for found in notes})
     if missing:

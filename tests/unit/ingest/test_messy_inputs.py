@@ -150,16 +150,6 @@ def test_what_differs_from_an_unfinished_ingest_is_named(tmp_path, ingest):
         ingest(tmp_path / "t.jsonl", suspicious_text="mask")
 
 
-def test_a_part_of_an_array_of_another_length_is_refused_before_it_is_written(tmp_path, ingest):
-    (tmp_path / "0.png").write_bytes(PNG)
-    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "0.png", "caption": "x"}))
-    ingest(tmp_path / "t.jsonl", part="0/2")
-    with pytest.raises(UsageError, match=r"--part 1/3: .* holds parts of 2; give all the same count"):
-        ingest(tmp_path / "t.jsonl", part="1/3")
-    ingest(tmp_path / "t.jsonl", part="1/2")
-    assert ingest(tmp_path / "t.jsonl", merge=True).num_samples == 1
-
-
 def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path, ingest, monkeypatch):
     (tmp_path / "0.png").write_bytes(PNG)
     (tmp_path / "t.jsonl").write_text(

@@ -23,7 +23,7 @@ _REASONS_SHOWN = 8
 _MENDS = {
     "missing-file": "name the folder that image names are relative to with --image-root",
     "not-utf-8": "save the table as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
-    "duplicate-id": "name the column of a record's own id with --map id=COLUMN",
+    "duplicate-id": "name the column of their own ids with --map id=COLUMN, or go by content with --map id=",
     "burned-in-text-not-ruled-out": "look at the pictures, and give --allow-burned-in where they show no identity",
     "path-outside": "name images relative to --image-root; a link must stay inside of it",
     "slide-without-overview": "write the slides with smaller levels, e.g. vips tiffsave --tile --pyramid",

@@ -71,7 +71,7 @@ class Source:
 
     def describe(self) -> str:
         """One line for the terminal: which format, and which column serves as what."""
-        chosen = ", ".join(f"{name}={in_print(column)}" for name, column in self.columns.items())
+        chosen = ", ".join(f"{name}={in_print(column) or 'by content'}" for name, column in self.columns.items())
         more = f" and {len(self.places) - 1} more" if len(self.places) > 1 else ""
         remark = f"; {self.remark}" if self.remark else ""
         return f"{name_of(self.places[0])}{more}: format {self.format}" + (f" ({chosen})" if chosen else "") + remark
@@ -109,8 +109,9 @@ class Source:
         if not isinstance(modality, str):
             domain = row.get("domain")  # LLaVA-Med: {"chest_xray": true, "mri": false, ...}
             modality = next((k for k, v in domain.items() if v is True), "") if isinstance(domain, dict) else ""
-        own = row.get(self.columns.get("id", "id"))
-        own = row.get(KEY) if own in (None, "") else own
+        named = self.columns.get("id", "id")
+        own = row.get(named) if named else ""
+        own = row.get(KEY) if named and own in (None, "") else own
         content = json.dumps([names_of(images), [(t.role, t.text) for t in turns]])
         digest = hashlib.sha256(content.encode()).hexdigest()
         return Record(

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from medical_files import dicom, encoded, picture
 from tars import tar_of
+from typer.testing import CliRunner
 
+from megatron_medgpt.cli import app
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.ingest import write
@@ -132,6 +134,18 @@ def test_too_many_rejects_of_one_kind_come_with_what_to_do(tmp_path, ingest, row
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     with pytest.raises(WorkError, match=f"rejects.jsonl; .*{mend}.*, or raise the rate"):
         ingest(tmp_path / "t.jsonl")
+
+
+def test_records_without_ids_of_their_own_are_told_apart_by_content(tmp_path, tokenizer_folder, key_file):
+    (tmp_path / "0.png").write_bytes(PNG)
+    rows = [{"id": "patient 7", "image": "0.png", "caption": text} for text in ("one", "two", "two")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = CliRunner().invoke(app, [
+        "ingest", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder),
+        "--key-file", str(key_file), "--workers", "1", "--map", "id=", "--max-reject-rate", "0.5",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "id=by content" in done.output and "2 samples" in done.output and "1 duplicate-id" in done.output
 
 
 def test_a_dataset_inside_of_the_folder_that_is_read_is_refused(tmp_path, ingest):

@@ -125,28 +125,27 @@ def _read(
 
     The file counts its first axis fastest. nibabel's own way holds a zipped volume twice.
     """
-    across_shape = np.delete(shape, across)
-    planes = {k: np.empty(across_shape, voxels.dtype, order="F") for k in wanted}
-    lines_at_once = max(1, _PIECE_BYTES // (shape[0] * voxels.dtype.itemsize))
+    planes = {k: np.empty(np.delete(shape, across), voxels.dtype, order="F") for k in wanted}
+    line_bytes = shape[0] * voxels.dtype.itemsize
+    lines = min(shape[1], max(1, _PIECE_BYTES // line_bytes))
+    slabs = max(1, _PIECE_BYTES // (line_bytes * shape[1]))
     stream.seek(voxels.offset)
-    for z in range(shape[2]):
-        for first in range(0, shape[1], lines_at_once):
-            num_lines = min(lines_at_once, shape[1] - first)
-            piece = _exactly(stream, num_lines * shape[0] * voxels.dtype.itemsize)
-            lines = np.frombuffer(piece, voxels.dtype).reshape(num_lines, shape[0]).T
-            if across == 2:
-                if z in planes:
-                    planes[z][:, first : first + num_lines] = lines
-            elif across == 1:
-                for y in range(first, first + num_lines):
-                    if y in planes:
-                        planes[y][:, z] = lines[:, y - first]
-            else:
-                for x, plane in planes.items():
-                    plane[first : first + num_lines, z] = lines[x]
-    left = int(np.prod(voxels.shape[3:])) - 1  # further volumes
-    for _ in range(left * shape[2] * shape[1]):
-        _exactly(stream, shape[0] * voxels.dtype.itemsize)
+    for z in range(0, shape[2], slabs):
+        zs = slice(z, min(z + slabs, shape[2]))
+        for y in range(0, shape[1], lines):
+            ys = slice(y, min(y + lines, shape[1]))
+            piece = _exactly(stream, (zs.stop - z) * (ys.stop - y) * line_bytes)
+            block = np.frombuffer(piece, voxels.dtype).reshape(zs.stop - z, ys.stop - y, shape[0])
+            for k, plane in planes.items():
+                if across == 0:
+                    plane[ys, zs] = block[:, :, k].T
+                elif across == 1 and y <= k < ys.stop:
+                    plane[:, zs] = block[:, k - y].T
+                elif across == 2 and z <= k < zs.stop:
+                    plane[:, ys] = block[k - z].T
+    left = (int(np.prod(voxels.shape[3:])) - 1) * line_bytes * shape[1] * shape[2]  # further volumes
+    while left:
+        left -= len(_exactly(stream, min(left, _PIECE_BYTES)))
     stream.read(1)  # gzip compares its checksum where it finds the end
     return planes
 

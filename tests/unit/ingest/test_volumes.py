@@ -137,6 +137,18 @@ def test_only_the_slices_that_are_looked_at_are_held_and_each_until_it_is_given(
         assert peak < (held + 40) * plane_bytes + (5 << 20) < 1500 * plane_bytes
 
 
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_slices_do_not_depend_on_the_pieces_that_are_read(thick, monkeypatch):
+    affine = np.diag([*(6.0 if axis == thick else 1.0 for axis in range(3)), 1.0])
+    content = nifti(volume((20, 24, 16)), affine)
+    plane = np.take(volume((20, 24, 16)), 3, axis=thick)[::-1, ::-1].T.astype(float)
+    expected = np.clip((plane - 50) / 400 + 0.5, 0, 1) * 255
+    for piece_bytes in (1, 7 * 40, 2 * 40 * 24 + 1, 1 << 20):  # a line of 40 bytes, some, two slabs, everything
+        monkeypatch.setattr(volumes, "_PIECE_BYTES", piece_bytes)
+        found = greys(decode(content, DecodeOptions(slices="all"), modality="CT"))
+        assert abs(found[3] - expected).max() <= 0.51
+
+
 def test_a_large_slice_is_windowed_piece_by_piece():
     content = nifti(volume((3000, 2000, 1)).astype(np.float32))
     tracemalloc.start()

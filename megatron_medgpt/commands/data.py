@@ -52,7 +52,8 @@ def ingest(
         ),
     ] = None,
     map: Annotated[
-        list[str] | None, typer.Option(help="Column of a field, e.g. image=Figure_path; repeatable.")
+        list[str] | None,
+        typer.Option(help="Column of a field, e.g. image=Figure_path; repeatable. id= where records have none."),
     ] = None,
     store: Annotated[str, typer.Option(help="Keep encoded image files, or pixels ready for one encoder.")] = "encoded",
     workers: Annotated[int, typer.Option(help="Number of processes; 0 uses every core.")] = 0,
@@ -162,7 +163,7 @@ def _begun(out: Path) -> str:
 def _pairs(texts: list[str]) -> dict[str, str]:
     pairs = dict(pair.partition("=")[::2] for text in texts for pair in re.split(r",(?=\w+=)", text))
     for key, value in pairs.items():
-        if not key or not value:
+        if not key or (not value and key != "id"):
             raise UsageError(f"--map {key}={value}: expected k=column, e.g. image=Figure_path")
     return pairs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -134,9 +135,12 @@ def run_ingest(
     )  # fmt: skip
     if merge and not out.is_dir():
         raise UsageError(f"--merge: {out} holds no finished part; run every part first, e.g. --part 0/4 to 3/4")
+    _refuse_inside(out, sources)
+    if own:
+        own.refuse_other_counts(out)
     _show(sources, echo, show_names)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, own):
+    with _room_on_the_disk(out), locked(out, own):
         _refuse_dataset(out)  # another ingest may have finished while this one waited for its inputs
         agreed = _agree_with_earlier(settings, sources, words, records_per_shard)
         if merge:
@@ -187,6 +191,26 @@ def _refuse_dataset(out: Path) -> None:
         raise UsageError(f"{out} is already a dataset; choose another --out or remove it")
 
 
+@contextmanager
+def _room_on_the_disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WorkError(
+            f"--out {out}: {error.strerror}; make room and run the same command again, which continues"
+        ) from error
+
+
+def _refuse_inside(out: Path, sources: Sequence[Source]) -> None:
+    """A folder of pairs is read by its files: those of the dataset would be among them."""
+    for source in sources:
+        for place in source.places:
+            if isinstance(place, Path) and place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+                raise UsageError(f"--out {out} lies inside of the input {place}; choose a folder outside of it")
+
+
 def _show(sources: Sequence[Source], echo: Callable[[str], None], show_names: bool) -> None:
     """What was recognised, with the first three records. Their texts are masked here: this may go into a log."""
     for number, source in enumerate(sources, 1):
@@ -228,9 +252,12 @@ def _agree_with_earlier(settings: Settings, sources: Sequence[Source], words: To
         own = settings.out / f".ingest-{secrets.token_hex(8)}.json"
         write_json(own, facts)
         os.replace(own, path)
-    if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(facts)):
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    if earlier != now:
+        differ = ", ".join(name.replace("_", " ") for name in now if earlier.get(name) != now[name])
         raise UsageError(
-            f"{settings.out} holds an unfinished ingest of other inputs or settings; remove it or choose another --out"
+            f"{settings.out} holds an unfinished ingest of other inputs or settings ({differ}); remove it or choose "
+            "another --out"
         )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

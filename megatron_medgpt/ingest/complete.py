@@ -20,6 +20,17 @@ from megatron_medgpt.ingest.sources import Source
 from megatron_medgpt.ingest.write import EXCLUDED, Finished, Settings, remove_notes
 
 _REASONS_SHOWN = 8
+_MENDS = {
+    "missing-file": "name the folder that image names are relative to with --image-root",
+    "not-utf-8": "save the table as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+    "duplicate-id": "name the column of their own ids with --map id=COLUMN, or go by content with --map id=",
+    "burned-in-text-not-ruled-out": "look at the pictures, and give --allow-burned-in where they show no identity",
+    "path-outside": "name images relative to --image-root; a link must stay inside of it",
+    "slide-without-overview": "write the slides with smaller levels, e.g. vips tiffsave --tile --pyramid",
+    "pictures-too-large": "take fewer with --frames, --slices or --tiles",
+    "too-many-frames": "take fewer with --frames, --slices or --tiles",
+}
+"""Of reasons that often hold for a whole input: what a person can do."""
 
 
 def complete(
@@ -43,9 +54,11 @@ def complete(
     num_records = sum(shard.shard.num_samples for shard in finished) + len(rejects)
     unwanted = len(rejects) - counts[EXCLUDED]
     if num_records == 0 or unwanted > max_reject_rate * num_records:
+        del counts[EXCLUDED]
+        mend = _MENDS.get(max(counts, key=lambda reason: counts[reason], default=""), "mend the inputs")
         raise WorkError(
             f"{unwanted} of {num_records} records were rejected ({in_words(counts)}), more than "
-            f"--max-reject-rate {max_reject_rate}; see {settings.out}/{REJECTS}, mend the inputs or raise the rate"
+            f"--max-reject-rate {max_reject_rate:g}; see {settings.out}/{REJECTS}; {mend}, or raise the rate"
         )
     notes: Counter[str] = Counter()
     licences: Counter[str] = Counter()

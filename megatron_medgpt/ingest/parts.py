@@ -42,6 +42,18 @@ class Part:
     def name(self) -> str:
         return f"part-{self.number:05d}-of-{self.count:05d}"
 
+    def refuse_other_counts(self, out: Path) -> None:
+        """
+        Raises:
+            UsageError: parts of an array of another length were written there; together they could never be merged.
+        """
+        others = {int(found[2]) for path in out.glob(".part-*.json") if (found := _NOTE.fullmatch(path.name))}
+        if others - {self.count}:
+            raise UsageError(
+                f"--part {self.number}/{self.count}: {out} holds parts of {max(others - {self.count})}; give all "
+                "the same count, or another --out"
+            )
+
     def writes(self, shard: int) -> bool:
         return shard % self.count == self.number
 
@@ -60,11 +72,12 @@ def shards_of_parts(out: Path, settings_digest: str) -> int:
     """
     notes = {found: path for path in out.glob(".part-*.json") if (found := _NOTE.fullmatch(path.name))}
     counts = {int(found[2]) for found in notes}
-    if len(counts) != 1:
+    if not counts:
+        raise UsageError(f"{out} holds no finished part; run every part first, e.g. --part 0/4 to --part 3/4")
+    if len(counts) > 1:
         raise UsageError(
-            f"{out} holds " + (f"parts of arrays of {sorted(counts)}" if counts else "no finished part")
-            + "; run every part with one count first, e.g. --part 0/4 to --part 3/4"
-        )  # fmt: skip
+            f"{out} holds parts of arrays of {sorted(counts)}; remove it and run every part with one count"
+        )
     (count,) = counts
     missing = sorted(set(range(count)) - {int(found[1]) for found in notes})
     if missing:

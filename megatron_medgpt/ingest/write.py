@@ -25,6 +25,7 @@ from megatron_medgpt.data.picture import Picture, PictureError, resolve_inside
 from megatron_medgpt.data.shard_writer import ShardWriter
 from megatron_medgpt.data.text import Tokenizer
 from megatron_medgpt.ingest.decode import Decoded, DecodeOptions, decode, decode_slide, is_slide_name
+from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES_BYTES
 from megatron_medgpt.ingest.identity import masked, plain_licence
 from megatron_medgpt.ingest.interrupts import deaf_to_interrupts
 from megatron_medgpt.ingest.parts import Part
@@ -147,7 +148,7 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
         raise RecordError(record.problem)
     names = (root, record.modality, *record.images)
     known = first_of.get(names) if record.images else None
-    files = known[1] if known else [_read(root, name, record.modality, settings) for name in record.images]
+    files = known[1] if known else _read_all(root, record, settings)
     images = [picture for file in files for picture in file]
     sample = make_sample(
         repeat_marks(record, [len(file) for file in files]), images, _tokenizer(settings.tokenizer), key=settings.key,
@@ -169,6 +170,17 @@ def _write_record(record: Record, root: Place, settings: Settings, writer: Shard
     )  # fmt: skip
     left_out = [f"records with a {field.replace('_', ' ')} on no list" for field in facts_of(record, images).left_out]
     return left_out + ["pictures made square in millimetres"] * sum(image.squared for image in images)
+
+
+def _read_all(root: Place, record: Record, settings: Settings) -> list[tuple[Decoded, ...]]:
+    """The pictures of each file of a record, which are in memory together."""
+    files, num_bytes = [], 0
+    for image in record.images:
+        files.append(_read(root, image, record.modality, settings))
+        num_bytes += sum(len(one.picture.encoded) for one in files[-1])
+        if num_bytes > LARGEST_PICTURES_BYTES:
+            raise PictureError("pictures-too-large")
+    return files
 
 
 def _read(root: Place, image: RecordImage, modality: str, settings: Settings) -> tuple[Decoded, ...]:

@@ -10,14 +10,21 @@ files under many names (hard links): each name is read, checked and written for 
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,7 +33,8 @@ WORKERS = 2
 MANY = {"jpeg": (1_000, 20_000), "dicom": (500, 6_000), "text": (10_000, 1_000_000)}
 FILES = (
     "JPEG 1024 x 1024", "DICOM 5000 x 4000, 12 bits", "DICOM 2048 x 2048, JPEG 2000", "DICOM 8000 x 8000, 12 bits",
-    "NIfTI 512 x 512 x 600, 16 bits, gzipped",
+    "DICOM 8000 x 8000, colours", "PNG 8000 x 8000 with alpha", "NIfTI 512 x 512 x 600, gzipped",
+    "NIfTI 512 x 512 x 790, noise, gzipped, all slices", "NIfTI 8000 x 8000 x 3, noise, gzipped, all slices",
 )  # fmt: skip
 
 
@@ -77,29 +85,57 @@ def ingest(folder: Path, count: int) -> dict[str, float]:
 def make_file(which: str, path: Path) -> None:
     import numpy as np
     from ingest import dicom_file, jpegs, smooth
+    from PIL import Image
 
     if which.startswith("JPEG"):
         path.write_bytes(jpegs(1)[0])
     elif which.startswith("NIfTI"):
         import nibabel
 
-        volume = nibabel.Nifti1Image(np.full((512, 512, 600), 7, np.int16), np.eye(4))
-        path.with_name("volume.nii.gz").write_bytes(b"")
-        nibabel.save(volume, path.with_name("volume.nii.gz"))
-        path.with_name("volume.nii.gz").replace(path)
+        shape = tuple(int(number) for number in re.findall("[0-9]+", which))[:3]
+        voxels = np.full(shape, 7, np.int16)
+        if "noise" in which:  # 10 bits: the zipped file is nearly as large as is allowed
+            voxels[:] = np.random.default_rng(0).integers(-300, 300, shape, dtype=np.int16)
+        path.write_bytes(gzip.compress(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 3.0, 1.0])).to_bytes(), 1))
+    elif which.startswith("PNG"):
+        noise = np.random.default_rng(0).integers(0, 256, (8000, 8000, 4), dtype=np.uint8) & 0xF0
+        Image.fromarray(noise).save(path, "PNG", compress_level=1)
+    elif "colours" in which:
+        pixels = np.random.default_rng(0).integers(0, 256, (8000, 8000, 3), dtype=np.uint8)
+        path.write_bytes(in_colour(dicom_file(np.zeros((8, 8), np.uint16), j2k=False), pixels))
     else:
         grey = np.clip(smooth(np.random.default_rng(0), 2048, 1)[..., 0] * 16, 0, 4095).astype(np.uint16)
-        rows, columns = (int(number) for number in which[6:17].split(",")[0].split(" x "))
+        rows, columns = (int(number) for number in re.findall("[0-9]+", which)[:2])
         stored = np.tile(grey, (-(-rows // 2048), -(-columns // 2048)))[:rows, :columns].copy()
-        path.write_bytes(dicom_file(stored, j2k="2000" in which))
+        path.write_bytes(dicom_file(stored, j2k="2000" in which.split(",")[-1]))
 
 
-def decode_alone(path: Path) -> float:
-    """Peak MiB of this process, which decodes one file to a square of 336 px."""
+def in_colour(content: bytes, pixels: np.ndarray) -> bytes:
+    """A DICOM file with these pixels in place of its own, which says that no text is burned in."""
+    import pydicom
+
+    ds = pydicom.dcmread(io.BytesIO(content))
+    ds.Modality, ds.PhotometricInterpretation, ds.BurnedInAnnotation = "XC", "RGB", "NO"
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = pixels.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PlanarConfiguration = 8, 8, 7, 0
+    ds.PixelData = pixels.tobytes()
+    out = io.BytesIO()
+    ds.save_as(out)
+    return out.getvalue()
+
+
+def decode_alone(which: str, path: Path) -> list[int]:
+    """Peak MiB of a process of its own that decodes one file, to PNG and to a square of 336 px."""
+    return [json.loads(alone("--work", path, "--step", store, which)) for store in ("png", "square")]
+
+
+def peak_of(which: str, path: Path, store: str) -> int:
     from megatron_medgpt.data.manifest import Store
     from megatron_medgpt.ingest.decode import DecodeOptions, decode
 
-    decode(path.read_bytes(), DecodeOptions(), store=Store(kind="pixels", size_px=336, pad_rgb=(122, 116, 104)))
+    options = DecodeOptions(slices="all" if "all slices" in which else "middle")
+    square = Store(kind="pixels", size_px=336, pad_rgb=(122, 116, 104))
+    assert decode(path.read_bytes(), options, store=square if store == "square" else Store())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
@@ -122,7 +158,8 @@ def main() -> None:
         if step:
             step(which, chosen.work)
         else:
-            print(json.dumps(decode_alone(chosen.work) if what == "decode" else ingest(chosen.work, int(which))))
+            of_file = what in ("png", "square")
+            print(json.dumps(peak_of(which, chosen.work, what) if of_file else ingest(chosen.work, int(which))))
         return
     result: dict[str, object] = {}
     for kind, counts in MANY.items():
@@ -144,8 +181,8 @@ def main() -> None:
         for which in FILES:
             path = chosen.work / "one"
             alone("--work", path, "--step", "file", which)
-            result[which] = json.loads(alone("--work", path, "--step", "decode", which))
-            print(which, result[which], "MiB", flush=True)
+            result[which] = decode_alone(which, path)
+            print(which, "to PNG {} MiB, to a square {} MiB".format(*result[which]), flush=True)
             path.unlink()
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1))

@@ -1,24 +1,28 @@
 """Libraries that may end their process on a damaged file, in a process of their own.
 
-One bad file must not end an ingest. A process that died, or that was silent for longer than ``LONGEST_S``, costs its
-file and is started anew.
+One bad file must not end an ingest. A process that died, that was silent for longer than ``LONGEST_S``, or that
+computed for longer than ``LONGEST_CPU_S`` without a piece of its answer, costs its file and is started anew.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import resource
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
 LONGEST_S = 60.0
+LONGEST_CPU_S = 10
+"""Whole seconds, as the system counts them. The largest pictures that are allowed take 3."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -93,9 +97,18 @@ def serve(module: str, most_bytes: int) -> None:
             facts, content = json.loads(_receive(questions)), _receive(questions)
         except EOFError:
             return
+        _allow_cpu()
         for piece in answers(facts, content):
             _send(out, b"+" + piece)
+            _allow_cpu()
         _send(out, b"")
+
+
+def _allow_cpu() -> None:
+    """From now on ``LONGEST_CPU_S``; then the system ends this process."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    most = math.ceil(time.process_time()) + LONGEST_CPU_S
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 @contextmanager

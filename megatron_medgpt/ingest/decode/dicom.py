@@ -82,6 +82,7 @@ def frames_of(content: bytes, options: DecodeOptions, *, allow_burned_in: bool) 
         raise PictureError("too-many-frames")
     if not _supported(syntax):
         raise PictureError("unsupported-transfer-syntax")
+    ds.buffer = None  # the whole file, beside its pixels
     return facts, _decoded(ds, chosen, num_frames, options)
 
 
@@ -93,10 +94,12 @@ def _supported(syntax: object) -> bool:
 
 
 def _decoded(ds: Dataset, chosen: range | tuple[int, ...], num_frames: int, options: DecodeOptions) -> Iterator[Frame]:
-    for index in chosen:
+    for place, index in enumerate(chosen, 1):
         try:
             stored = _stored(ds, index, num_frames, options.scaled_px)  # YBR comes out as RGB
             header = header_of_frame(ds, index)
+            if place == len(chosen):
+                del ds.PixelData
             frame = squared(to_8_bit(stored, header, options.ct_window), row_to_column(header))
         except PictureError:
             raise

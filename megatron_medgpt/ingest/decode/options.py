@@ -18,6 +18,8 @@ CT_WINDOWS_HU: dict[str, tuple[tuple[float, float], ...]] = {
 and replaces a window that the file brings."""
 LARGEST_PICTURES = 1024
 """Pictures that one file may become."""
+LARGEST_PICTURES_BYTES = 256 << 20
+"""Of the pictures of one record together, as they are stored: all are in memory until the last is known to be good."""
 _PICK = re.compile(r"middle|all|(?:every|even):[1-9][0-9]{0,4}")
 
 

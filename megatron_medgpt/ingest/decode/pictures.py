@@ -13,13 +13,14 @@ from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import Picture, PictureError, canonical, encode_png, pixels_of
 from megatron_medgpt.data.stored import pack_pixels
 from megatron_medgpt.ingest.decode.kinds import is_dicom, is_nifti
-from megatron_medgpt.ingest.decode.options import DecodeOptions
+from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES_BYTES, DecodeOptions
 from megatron_medgpt.ingest.decode.spacing import Frame
 from megatron_medgpt.ingest.facts import NO_FACTS, Facts
 
 ENCODED = Store()
 EXACT = DecodeOptions()
 """Middle frames and slices, exactly decoded."""
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,11 +59,14 @@ def decode(
         from megatron_medgpt.ingest.decode.dicom import frames_of
 
         facts, frames = frames_of(content, options, allow_burned_in=allow_burned_in)
+        del content  # up to 256 MiB; nobody needs them while frames become pictures
         return written(frames, store, facts)
     if is_nifti(content):
         from megatron_medgpt.ingest.decode.volume import slices_of
 
-        return written(slices_of(content, options, modality), store)
+        slices = slices_of(content, options, modality)
+        del content
+        return written(slices, store)
     if store.kind == "pixels":
         return written([Frame(pixels_of(content, options.scaled_px))], store)
     return (Decoded(canonical(content)),)
@@ -74,23 +78,33 @@ def written(frames: Iterable[Frame], store: Store, facts: Facts = NO_FACTS) -> t
     They are taken one by one: a file of a thousand frames is never decoded as a whole.
 
     Raises:
-        PictureError: ``written-bytes-differ``, and what the frames raise.
+        PictureError: ``written-bytes-differ``, ``pictures-too-large`` (all of one file together), and what the frames
+            raise.
     """
-    if store.kind == "pixels":
-        from megatron_medgpt.data.resize import square_pixels  # torch: 1.5 s that encoded stores need not pay
-
-        return tuple(
-            Decoded(
-                Picture(pack_pixels(square_pixels(frame.pixels, store.size_px, store.pad_rgb)), *[store.size_px] * 2),
-                facts, frame.squared,
-            )
-            for frame in frames
-        )  # fmt: skip
-    pictures = []
+    one = _square if store.kind == "pixels" else _as_png
+    pictures, num_bytes = [], 0
     for frame in frames:
-        picture = encode_png(Image.fromarray(frame.pixels))
-        with Image.open(io.BytesIO(picture.encoded)) as again:
-            if not np.array_equal(np.asarray(again), frame.pixels):
-                raise PictureError("written-bytes-differ")
+        picture = one(frame.pixels, store)
+        num_bytes += len(picture.encoded)
+        if num_bytes > LARGEST_PICTURES_BYTES:
+            raise PictureError("pictures-too-large")
         pictures.append(Decoded(picture, facts, frame.squared))
     return tuple(pictures)
+
+
+def _square(pixels: np.ndarray, store: Store) -> Picture:
+    from megatron_medgpt.data.resize import square_pixels  # torch: 1.5 s that encoded stores need not pay
+
+    return Picture(pack_pixels(square_pixels(pixels, store.size_px, store.pad_rgb)), store.size_px, store.size_px)
+
+
+def _as_png(pixels: np.ndarray, _: Store) -> Picture:
+    picture = encode_png(pixels)
+    with Image.open(io.BytesIO(picture.encoded)) as again:
+        same = again.size == (picture.width_px, picture.height_px)
+        for top in range(0, picture.height_px, _ROWS_AT_ONCE):  # as a whole, 200 MB more of the largest
+            rows = np.asarray(again.crop((0, top, again.width, min(top + _ROWS_AT_ONCE, again.height))))
+            same = same and np.array_equal(rows, pixels[top : top + _ROWS_AT_ONCE])
+    if not same:
+        raise PictureError("written-bytes-differ")
+    return picture

@@ -15,6 +15,8 @@ from megatron_medgpt.ingest.decode.options import LARGEST_PICTURES, DecodeOption
 from megatron_medgpt.ingest.decode.spacing import check_ratio, is_square, ratio_of
 
 _OVERVIEW_PX = 2048
+_STRIP_PIXELS = 8_000_000
+"""What is read of a level at once: 32 MB as openslide gives it."""
 _LEAST_TISSUE = 0.4
 """Share of a tile that must be tissue."""
 _LEAST_COLOUR = 12
@@ -92,12 +94,34 @@ def _on_white(region: Image.Image) -> Image.Image:
 
 def _tissue_share(slide, rows: int, columns: int, height: float, width: float) -> np.ndarray:
     """float (rows, columns): share of each tile that is coloured more than an Otsu threshold of the whole slide."""
-    overview = np.asarray(slide.get_thumbnail((_OVERVIEW_PX, _OVERVIEW_PX)).convert("RGB")).astype(np.int16)
-    colour = (overview.max(axis=2) - overview.min(axis=2)).astype(np.uint8)
+    overview, shrink = _overview(slide)
+    colour = overview.max(axis=2) - overview.min(axis=2)
     tissue = Image.fromarray((255 * (colour > max(_otsu(colour), _LEAST_COLOUR))).astype(np.uint8))
-    scale = tissue.width / slide.dimensions[0]
-    covered = (0, 0, min(columns * width * scale, tissue.width), min(rows * height * scale, tissue.height))
+    covered = (0, 0, min(columns * width / shrink, tissue.width), min(rows * height / shrink, tissue.height))
     return np.asarray(tissue.resize((columns, rows), Image.Resampling.BOX, box=covered)) / 255
+
+
+def _overview(slide) -> tuple[np.ndarray, float]:
+    """uint8 (rows, columns, 3) of the whole slide, of about ``_OVERVIEW_PX``, and how much smaller it is than the scan.
+
+    openslide's own thumbnail holds a whole level several times: 1 GiB for a slide of 12,000 px without smaller levels.
+
+    Raises:
+        PictureError: ``slide-without-overview`` where every level is larger than ``LARGEST_PIXELS``.
+    """
+    sizes = slide.level_dimensions  # openslide-python asks for all of them anew each time
+    allowed = [level for level, (width, height) in enumerate(sizes) if width * height <= LARGEST_PIXELS]
+    if not allowed:
+        raise PictureError("slide-without-overview")
+    level = next((level for level in reversed(allowed) if max(sizes[level]) >= _OVERVIEW_PX), allowed[0])
+    width, height = sizes[level]
+    step, downsample = -(-max(width, height) // _OVERVIEW_PX), slide.level_downsamples[level]
+    at_once = max(1, _STRIP_PIXELS // (width * step)) * step
+    strips = []
+    for top in range(0, height, at_once):
+        strip = slide.read_region((0, round(top * downsample)), level, (width, min(at_once, height - top)))
+        strips.append(np.asarray(_on_white(strip).reduce(step)))
+    return np.concatenate(strips), step * downsample
 
 
 def _otsu(values: np.ndarray) -> int:

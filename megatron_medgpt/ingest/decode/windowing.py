@@ -58,7 +58,7 @@ def _palette(stored: np.ndarray, header: Dataset) -> np.ndarray:
 def _colour(stored: np.ndarray, bits: int) -> np.ndarray:
     if stored.shape[-1] != 3:
         raise PictureError("unsupported-colour")
-    return np.ascontiguousarray((stored >> (bits - 8) if bits > 8 else stored).astype(np.uint8))
+    return np.ascontiguousarray((stored >> (bits - 8) if bits > 8 else stored).astype(np.uint8, copy=False))
 
 
 def _curves(stored: np.ndarray, header: Dataset, ct_window: str, hidden: Curve | None) -> list[Curve]:

@@ -20,6 +20,7 @@ from megatron_medgpt.ingest.sources.record import Inline
 from megatron_medgpt.ingest.sources.tables import parse_json, row_of
 
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_SYSTEM_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
 KEY = "__key__"
 """Column with the key of a sample, as WebDataset calls it."""
 _BLOCK = tarfile.BLOCKSIZE
@@ -33,6 +34,15 @@ _NUMBER = re.compile(r"([0-9]+)")
 
 def is_archive(place: Place) -> bool:
     return name_of(place).lower().endswith(ARCHIVE_ENDINGS)
+
+
+def is_of_the_system(name: str) -> bool:
+    """Whether a name is that of a file which macOS or Windows leaves in folders, and their archivers put into archives.
+
+    ``._a.jpg`` lies between ``a.jpg`` and ``a.txt``, and would divide them.
+    """
+    *folders, base = name.split("/")
+    return base.startswith("._") or base.lower() in _SYSTEM_NAMES or "__MACOSX" in folders
 
 
 def archive_rows(place: Place) -> Iterator[dict[str, Any] | str]:
@@ -88,6 +98,8 @@ def samples(place: Place) -> Iterator[tuple[str, dict[str, bytes] | str]]:
     """(key, ending -> content) of each sample, or (key, reason) of one that cannot be used."""
     key, parts, problem, total = None, {}, "", 0
     for name, content in members(place):
+        if is_of_the_system(name):
+            continue
         folder, _, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
         stem = f"{folder}/{stem}" if folder else stem

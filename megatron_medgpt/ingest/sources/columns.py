@@ -13,7 +13,7 @@ FIELDS = (
     "image", "text", "question", "answer", "options", "label", "id", "modality", "licence", "sop_uid", "series_uid",
     "study_uid", "body_part", "view", "laterality",
 )  # fmt: skip
-"""What ``--map`` can name: field=column."""
+"""What ``--map`` can name: field=column. ``id=`` alone tells records apart by their content."""
 NEEDED: dict[str, tuple[str, ...]] = {
     "llava": (), "messages": (), "caption": ("image", "text"), "vqa": ("image", "question", "answer"),
     "mcq": ("image", "question", "answer", "options"), "dicom": ("text",),
@@ -52,12 +52,12 @@ def choose_columns(row: Mapping[str, Any], mapping: Mapping[str, str], table: ob
     columns = {}
     for name, known in _NAMES.items():
         if name in mapping:
-            if mapping[name] not in row:
+            if mapping[name] not in row and (name, mapping[name]) != ("id", ""):
                 listed = ", ".join(map(in_print, row))
                 raise UsageError(f"--map {name}={mapping[name]}: {table} has only the columns {listed}")
             columns[name] = mapping[name]
             continue
-        found = [column for column in row if isinstance(column, str) and column.lower() in known]
+        found = [column for column in row if isinstance(column, str) and column.strip().lower() in known]
         if len(found) > 1 and name in ("image", "text"):
             raise UsageError(
                 f"{table} has several columns for {name}: {', '.join(found)}; choose with --map {name}={found[0]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medgpt.data.picture import PictureError, read_capped, resolve_inside
-from megatron_medgpt.ingest.sources.archive import json_part
+from megatron_medgpt.ingest.sources.archive import is_of_the_system, json_part
 from megatron_medgpt.ingest.sources.columns import IMAGE_ENDINGS
 
 TEXT_ENDINGS = (".txt", ".json")
@@ -26,7 +26,8 @@ def pairs_in(root: Path) -> tuple[dict[str, list[str]], int]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder) / name
-            if path.suffix.lower() in (*IMAGE_ENDINGS, *_OTHER_PICTURES, *TEXT_ENDINGS):
+            known = not is_of_the_system(str(path.relative_to(root)))
+            if known and path.suffix.lower() in (*IMAGE_ENDINGS, *_OTHER_PICTURES, *TEXT_ENDINGS):
                 found.setdefault(str(path.with_suffix("").relative_to(root)), []).append(str(path.relative_to(root)))
             else:
                 others += 1

@@ -8,7 +8,6 @@ import re
 import stat
 import time
 from pathlib import Path
-from typing import IO
 from urllib.parse import quote, unquote
 
 from megatron_medgpt.config.errors import UsageError
@@ -59,7 +58,7 @@ def expand(given: str) -> list[str]:
     return found
 
 
-def open_place(place: Place) -> IO[bytes]:
+def open_place(place: Place) -> io.BufferedReader:
     """Open a file for reading.
 
     Raises:

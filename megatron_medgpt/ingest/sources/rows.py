@@ -122,7 +122,8 @@ def _options(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
         if option in (None, ""):
             continue
         own = _LETTER_PREFIX.fullmatch(_text(option))
-        options[letter] = (own[2] if own and own[1] == letter else option).strip()
+        if text := (own[2] if own and own[1] == letter else option).strip():
+            options[letter] = text
     if len(options) < 2 or not set(options) <= set(_LETTERS) or (isinstance(value, list) and len(value) > 8):
         raise RecordError("no-options")
     return options

@@ -38,6 +38,15 @@ from megatron_medgpt.ingest.sources.record import Record, RecordError, checked_t
 from megatron_medgpt.ingest.sources.rows import CONVERTERS, caption_turns, images_of, names_of
 from megatron_medgpt.ingest.sources.tables import ENDINGS, ending_of, read_rows
 
+_PICTURES = (".dcm", ".dicom", ".nii", ".nii.gz", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".svs", ".ndpi", "dicomdir")
+_MENDS = {
+    _PICTURES: "name a table of its texts, and the folder of the images with --image-root",
+    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "unpack it first",
+    (".xlsx", ".xls", ".ods"): "save the sheet as CSV in UTF-8 first",
+    (".arrow", ".feather"): "write it as parquet first",
+    (".txt",): "name a table .csv or .tsv",
+}
+"""What to do with a file that is no input by itself."""
 Rows = Callable[[], Iterator[dict[str, Any] | str]]
 _ROWS_LOOKED_AT = 100
 """Rows in which the first usable one is looked for."""
@@ -62,7 +71,7 @@ class Source:
 
     def describe(self) -> str:
         """One line for the terminal: which format, and which column serves as what."""
-        chosen = ", ".join(f"{name}={in_print(column)}" for name, column in self.columns.items())
+        chosen = ", ".join(f"{name}={in_print(column) or 'by content'}" for name, column in self.columns.items())
         more = f" and {len(self.places) - 1} more" if len(self.places) > 1 else ""
         remark = f"; {self.remark}" if self.remark else ""
         return f"{name_of(self.places[0])}{more}: format {self.format}" + (f" ({chosen})" if chosen else "") + remark
@@ -100,8 +109,9 @@ class Source:
         if not isinstance(modality, str):
             domain = row.get("domain")  # LLaVA-Med: {"chest_xray": true, "mri": false, ...}
             modality = next((k for k, v in domain.items() if v is True), "") if isinstance(domain, dict) else ""
-        own = row.get(self.columns.get("id", "id"))
-        own = row.get(KEY) if own in (None, "") else own
+        named = self.columns.get("id", "id")
+        own = row.get(named) if named else ""
+        own = row.get(KEY) if named and own in (None, "") else own
         content = json.dumps([names_of(images), [(t.role, t.text) for t in turns]])
         digest = hashlib.sha256(content.encode()).hexdigest()
         return Record(
@@ -115,7 +125,7 @@ class Source:
 
     def _from_dicom(self, row: dict[str, Any]) -> tuple[tuple[str, ...], list]:
         uid = row.get(next(self.columns[kind] for kind in UID_KEYWORDS if kind in self.columns))
-        images = self.uid_paths.get(uid, ()) if isinstance(uid, str) else ()
+        images = self.uid_paths.get(uid.strip(), ()) if isinstance(uid, str) else ()
         if not images:
             raise RecordError("missing-file")
         text = row.get(self.columns["text"])
@@ -164,9 +174,17 @@ def open_source(
         if name not in FIELDS:
             raise UsageError(f"--map {name}={mapping[name]}; allowed fields: {', '.join(FIELDS)}")
     places, rows, remark = _find(path)
-    first = next((row for row in islice(rows(), _ROWS_LOOKED_AT) if isinstance(row, dict)), None)
+    looked_at = list(islice(rows(), _ROWS_LOOKED_AT))
+    first = next((row for row in looked_at if isinstance(row, dict)), None)
     if first is None:
-        raise UsageError(f"{path} holds no readable records; expected {_EXPECTED}")
+        what = f"no readable record in its first {len(looked_at)}: {looked_at[0]}" if looked_at else "no record"
+        raise UsageError(f"{path} holds {what}; expected {_EXPECTED}")
+    if KEY in first and len(first) < 3 and "conversations" not in first:
+        has = ", ".join(set(first) - {KEY}) or "files of other kinds"
+        raise UsageError(
+            f"{path}: its first sample has only {has}; a picture and its text lie one after the other under one name "
+            "(a.jpg, a.txt, b.jpg, ...): write the tar with --sort=name, and unpack tars of any other kind"
+        )
     root = _image_root(path, places, image_root)
     columns = choose_columns(first, mapping, path)
     if "image" not in columns and {"id", "text"} <= columns.keys() and holds_image(root, str(first[columns["id"]])):
@@ -228,8 +246,15 @@ def _image_root(path: str | Path, places: tuple[Place, ...], given: str | Path |
     else:
         root = place.rpartition("/")[0]
     if isinstance(root, Path) and not root.is_dir():
-        raise UsageError(f"--image-root {root} is not a folder")
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise UsageError(f"--image-root {root} {what}{_mend(root) if root.exists() else ''}")
     return root
+
+
+def _mend(place: Place) -> str:
+    name = name_of(place).lower()
+    name += ".dcm" * ("." not in name)  # as files on a PACS disc are called
+    return next((f"; {mend}" for endings, mend in _MENDS.items() if name.endswith(endings)), "")
 
 
 def _find(path: str | Path) -> tuple[tuple[Place, ...], Rows, str]:
@@ -243,7 +268,7 @@ def _find(path: str | Path) -> tuple[tuple[Place, ...], Rows, str]:
             raise UsageError(f"input {one} does not exist")
         if not is_archive(one) and ending_of(one) not in ENDINGS:
             kind = "a URL of a folder; name" if is_url(one) and not ending_of(one) else "of no known ending; give"
-            raise UsageError(f"{one} is {kind} one of {', '.join((*ENDINGS, *ARCHIVE_ENDINGS))}")
+            raise UsageError(f"{one} is {kind} one of {', '.join((*ENDINGS, *ARCHIVE_ENDINGS))}{_mend(one)}")
     return _files(places)
 
 
@@ -280,7 +305,10 @@ def _in_folder(folder: Path) -> tuple[tuple[Place, ...], Rows, str]:
         )
     pairs, others = pairs_in(folder)
     if not pairs:
-        raise UsageError(f"{folder} must hold exactly one table, tars, or pictures with texts, found none of these")
+        raise UsageError(
+            f"{folder} must hold exactly one table, tars, or pictures with texts, found none of these; of other images "
+            "(DICOM, NIfTI, slides) name a table of their texts, and this folder with --image-root"
+        )
     remark = f"pairs of files; {others} other files are not read" if others else "pairs of files"
     return (folder,), lambda: pair_rows(folder, pairs), remark
 

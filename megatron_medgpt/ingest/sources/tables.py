@@ -10,10 +10,12 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_medgpt.config.errors import UsageError
+from megatron_medgpt.ingest.sources.columns import in_print
 from megatron_medgpt.ingest.sources.place import Place, name_of, open_place
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -23,6 +25,7 @@ _LARGEST_FIELD = 1_000_000
 _PIECE_BYTES = 1 << 18
 _ROWS_AT_ONCE = 64
 _UTF_8_BOM = b"\xef\xbb\xbf"
+_UTF_16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def ending_of(place: Place) -> str:
@@ -45,9 +48,15 @@ def read_rows(place: Path | str) -> Iterator[dict[str, Any] | str]:
         raise UsageError(f"{place} has the ending {ending_of(place) or 'none'}; allowed: {', '.join(ENDINGS)}")
     with open_place(place) as file:
         try:
+            _refuse_utf_16(file)
             yield from reader(file)
         except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise UsageError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _refuse_utf_16(file: io.BufferedReader) -> None:
+    if file.peek(2)[:2] in _UTF_16_BOMS:
+        raise ValueError("it is UTF-16; save it as UTF-8, e.g. iconv -f UTF-16 -t UTF-8 OLD > NEW")
 
 
 class _Refused(dict):
@@ -186,24 +195,34 @@ class _Window:
         return False
 
 
-def _csv(file: IO[bytes], delimiter: str = ",") -> Iterator[dict[str, Any] | str]:
+def _csv(file: IO[bytes], delimiter: str = "") -> Iterator[dict[str, Any] | str]:
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    head = text.readline(_LARGEST_FIELD)
+    if head.strip("\r\n").lower() in ("sep=;", "sep=,", "sep=\t"):  # how Excel is told
+        delimiter, head = head[4], text.readline(_LARGEST_FIELD)
     csv.field_size_limit(_LARGEST_FIELD)
     # Strict: a quote that is never closed would otherwise swallow every row after it, uncounted.
-    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-    names = rows.fieldnames or []
-    if len(set(names)) != len(names):
-        raise ValueError("two of its columns have one name")
+    rows = csv.DictReader(chain((head,), text), delimiter=delimiter or _delimiter_of(head), strict=True)
+    names = [name for name in rows.fieldnames or [] if name]  # spreadsheets leave columns without a name at the right
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two of its columns are called {in_print(twice[0])}; rename one")
     try:
         for row in rows:
             if None in row or None in row.values():
                 yield "wrong-number-of-columns"
             elif any("\udc80" <= character <= "\udcff" for value in row.values() for character in value):
                 yield "not-utf-8"
-            else:
+            elif any(row.values()):  # else an empty line, as a spreadsheet writes it
                 yield dict(row)
     except csv.Error as error:
-        raise ValueError(f"the record at line {rows.line_num + 1}: {error}; quote it, or use JSONL") from error
+        what = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
+        raise ValueError(f"the record at line {rows.line_num + 1}: {what}; mend its quotes, or use JSONL") from error
+
+
+def _delimiter_of(head: str) -> str:
+    """A comma; where the first line has none, the semicolon or tab that spreadsheets write in many countries."""
+    found = [character for character in ";\t" if character in head]
+    return "," if "," in head or not found else found[0]
 
 
 def _tsv(file: IO[bytes]) -> Iterator[dict[str, Any] | str]:

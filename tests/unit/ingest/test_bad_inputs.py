@@ -125,14 +125,16 @@ def test_rows_of_a_csv_that_are_cut_or_no_utf_8_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b'image,caption\na.png,x\nb.png,"never closed\nc.png,y\nd.png,z\n', "record at line 3: unexpected"),
-        ("t.csv", b"image,image\na,b\n", "two of its columns have one name"),
+        ("t.csv", b'image,caption\na.png,x\nb.png,"open\nc.png,y\nd.png,z\n', "line 3: a quotation mark is never"),
+        ("t.csv", b"image,image\na,b\n", "two of its columns are called image"),
+        ("t.csv", "image,caption\na.png,x\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("t.jsonl", '{"image": "a", "caption": "x"}'.encode("utf-16-be"), "no readable record in its first 1"),
         ("t.json", b'[{"image": "a", "caption": "x"}, {"image"', "breaks off"),
         ("t.json", b'[{"image": "a", "caption": "x"}] []', "something stands behind its array"),
         ("t.json", b'[{"image": "a", "caption": "x"} {"image": "b"}]', "breaks off or is no JSON"),
         ("t.parquet", b"<!DOCTYPE html><html></html>", "cannot be read"),
         ("t.parquet", b"", "cannot be read"),
-        ("t.jsonl", b"<!DOCTYPE html>\n<html></html>\n", "no readable records"),
+        ("t.jsonl", b"<!DOCTYPE html>\n<html></html>\n", "no readable record in its first 2: not-json"),
     ],
 )  # fmt: skip
 def test_a_table_whose_structure_is_broken_is_refused_before_records_are_lost(tmp_path, name, content, message):

@@ -7,9 +7,11 @@ import gzip
 import io
 import os
 import random
+import resource
 import signal
 import struct
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
@@ -17,7 +19,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from caps import capped
+from caps import LONGEST_S, capped
 from medical_files import dicom, encoded, picture
 from pydicom.dataset import Dataset as Header
 from pydicom.encaps import encapsulate, generate_frames
@@ -94,13 +96,31 @@ def slides(folder):
         yield (folder / "slide.tif").read_bytes()
 
 
+@contextmanager
+def capped_apart(other):
+    """An AssertionError where the other process computes for longer than ``LONGEST_S``."""
+
+    def alive_s():
+        with open(f"/proc/{process.pid}/schedstat") as file:
+            return int(file.read().split()[0]) / 1e9
+
+    def dead_s():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    process = other.process
+    began, dead = alive_s(), dead_s()
+    yield
+    assert (alive_s() if process.poll() is None else dead_s() - dead) - began < LONGEST_S
+
+
 @pytest.mark.timeout(0 if CASES > 1000 else 120)
 def test_a_damaged_slide_is_tiles_or_a_refusal(tmp_path):
     rng, files, refused, options = random.Random(0), list(slides(tmp_path)), 0, DecodeOptions(tile_px=64)
     for number in range(SLIDES):
         (tmp_path / "slide.tif").write_bytes(damaged(files[number % 2], rng))
         try:
-            with capped():
+            with capped(), capped_apart(slide.openslide):
                 assert decode_slide(tmp_path / "slide.tif", options)
         except PictureError:
             refused += 1
@@ -149,6 +169,25 @@ def test_a_frame_that_keeps_gdcm_busy_is_given_up(monkeypatch):
         pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN)
     monkeypatch.undo()
     assert pixel_array(ds, decoding_plugin=gdcm_frames.PLUGIN).shape == (100, 100, 3)
+
+
+def test_a_file_that_keeps_a_library_computing_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "busy.py").write_text(
+        "from megatron_medgpt.ingest.decode import apart\napart.LONGEST_CPU_S = 1\n"
+        "def answers(facts, content):\n    for piece in range(facts['pieces']):\n        yield b'done'\n"
+        "    while facts['pieces'] < 3:\n        pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    busy = apart.Apart("busy")
+    process = busy.process
+    answer = busy.ask({"pieces": 2})
+    assert [next(answer), next(answer)] == [b"done", b"done"]
+    with pytest.raises(apart.Died):
+        next(answer)
+    assert process.returncode == -signal.SIGXCPU
+    assert list(busy.ask({"pieces": 3})) == [b"done"] * 3  # a process of its own, anew
+    busy.process.kill()
+    busy.process.wait()
 
 
 def test_a_transfer_syntax_that_became_two_is_refused():

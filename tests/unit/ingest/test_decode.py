@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,22 @@ def test_what_pydicom_and_nibabel_ship_comes_out_as_the_table_says():
     }
     assert len(found) > 220
     assert found == {key: expected.get(key) for key in found}
+
+
+@pytest.mark.parametrize("kind", ["colours", "32 bits", "16-bit PNG"])
+def test_a_large_picture_is_not_in_memory_many_times(kind):
+    """What Python and numpy hold of it, in bytes of its pixels; 64 million of them took up to 1.6 GiB."""
+    rng = np.random.default_rng(0)
+    if kind == "colours":
+        stored = rng.integers(0, 256, (2400, 2000, 3), dtype=np.uint8)
+        content = dicom(stored, modality="XC", photometric="RGB", BurnedInAnnotation="NO")
+    elif kind == "32 bits":
+        content = dicom(stored := rng.integers(0, 4000, (2400, 2000), dtype=np.uint32), modality="MR")
+    else:
+        content = encoded("PNG", Image.fromarray(stored := rng.integers(0, 60_000, (2400, 2000), dtype=np.uint16)))
+    decode(content)  # what is imported for it
+    tracemalloc.start()
+    decode(bytes(bytearray(content)))  # it is the only one who has them
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * stored.nbytes

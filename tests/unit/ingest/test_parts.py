@@ -9,7 +9,7 @@ from medical_files import encoded, picture
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.data.verify import verify
 from megatron_medgpt.ingest.command import run_ingest
-from megatron_medgpt.ingest.parts import Part
+from megatron_medgpt.ingest.parts import Part, leave_note
 from megatron_medgpt.ingest.seen import SeenIds
 from megatron_medgpt.ingest.write import locked
 
@@ -67,12 +67,14 @@ def test_a_merge_names_the_parts_that_are_not_done(ingest, tmp_path):
     assert list(verify(tmp_path / "parts")) == []
 
 
-def test_parts_of_other_settings_or_of_another_array_are_not_joined(ingest):
+def test_parts_of_other_settings_or_of_another_array_are_not_joined(ingest, tmp_path):
     ingest("parts", part="0/2")
     with pytest.raises(UsageError, match="other inputs or settings"):
         ingest("parts", part="1/2", suspicious_text="mask")
-    ingest("parts", part="1/3")
-    with pytest.raises(UsageError, match=r"parts of arrays of \[2, 3\]"):
+    with pytest.raises(UsageError, match=r"--part 1/3: .* holds parts of 2; give all the same count"):
+        ingest("parts", part="1/3")
+    leave_note(tmp_path / "parts", Part(number=1, count=3), num_shards=1, settings_digest="")  # begun at one moment
+    with pytest.raises(UsageError, match=r"parts of arrays of \[2, 3\]; remove it"):
         ingest("parts", merge=True)
 
 

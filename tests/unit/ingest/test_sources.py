@@ -128,7 +128,7 @@ def test_ambiguous_columns_are_refused_with_the_option_to_set(tmp_path):
         ({"format": "parquet"}, "--format parquet; allowed"),
         ({"mapping": {"picture": "image"}}, "--map picture=image; allowed fields"),
         ({"mapping": {"image": "none"}}, "has only the columns"),
-        ({"image_root": "/nowhere/at/all"}, "is not a folder"),
+        ({"image_root": "/nowhere/at/all"}, "--image-root /nowhere/at/all does not exist"),
     ],
 )
 def test_wrong_options_name_what_is_allowed(tmp_path, change, message):

@@ -3,18 +3,24 @@
 import gzip
 import io
 import struct
+import tracemalloc
+from contextlib import nullcontext
 
 import nibabel
 import numpy as np
+import openslide
 import pydicom
 import pytest
+import tifffile
 from medical_files import dicom, encoded, picture, series, slide_file
 from PIL import Image
 from pydicom.data import get_testdata_file
 
+from megatron_medgpt.data.manifest import Store
 from megatron_medgpt.data.picture import PictureError
 from megatron_medgpt.data.text import IMAGE_MARK, Turn
-from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide, slide_tiles
+from megatron_medgpt.ingest import write
+from megatron_medgpt.ingest.decode import DecodeOptions, decode, decode_slide, pictures, slide_tiles
 from megatron_medgpt.ingest.decode import volume as volumes
 from megatron_medgpt.ingest.dicom_tree import files_by_uid
 from megatron_medgpt.ingest.sample import repeat_marks
@@ -114,11 +120,73 @@ def test_slices_are_cut_across_the_thickest_voxels_and_scaled_by_the_header():
     assert abs(grey.astype(float) - np.clip((plane - low) / (high - low), 0, 1) * 255).max() <= 0.51
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_slice_of_a_volume_is_no_copy_of_the_volume(axis):
-    """np.take would copy all of it for each slice: more than 50 s for 400 MiB, now 4."""
-    voxels = np.asfortranarray(volume())
-    assert np.shares_memory(voxels, volumes._upright(voxels, axis, 3))
+@pytest.mark.parametrize(("thick", "zip"), [(0, False), (1, True), (2, True)])
+def test_only_the_slices_that_are_looked_at_are_held_and_each_until_it_is_given(thick, zip):
+    shape = [96, 80, 64]
+    shape[thick] = 1500
+    affine = np.diag([*(6.0 if axis == thick else 1.0 for axis in range(3)), 1.0])
+    content = nifti(volume(shape), affine, zip=zip)
+    plane_bytes = 2 * 96 * 80 * 64 // [96, 80, 64][thick]
+    for policy, held in (("middle", 33), ("even:64", 96)):
+        tracemalloc.start()
+        for _ in volumes.slices_of(content, DecodeOptions(slices=policy)):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # Beside them: pieces of a MiB, float64 of one slice, percentiles (a copy of 32).
+        assert peak < (held + 40) * plane_bytes + (5 << 20) < 1500 * plane_bytes
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_slices_do_not_depend_on_the_pieces_that_are_read(thick, monkeypatch):
+    affine = np.diag([*(6.0 if axis == thick else 1.0 for axis in range(3)), 1.0])
+    content = nifti(volume((20, 24, 16)), affine)
+    plane = np.take(volume((20, 24, 16)), 3, axis=thick)[::-1, ::-1].T.astype(float)
+    expected = np.clip((plane - 50) / 400 + 0.5, 0, 1) * 255
+    for piece_bytes in (1, 7 * 40, 2 * 40 * 24 + 1, 1 << 20):  # a line of 40 bytes, some, two slabs, everything
+        monkeypatch.setattr(volumes, "_PIECE_BYTES", piece_bytes)
+        found = greys(decode(content, DecodeOptions(slices="all"), modality="CT"))
+        assert abs(found[3] - expected).max() <= 0.51
+
+
+def test_a_large_slice_is_windowed_piece_by_piece():
+    content = nifti(volume((3000, 2000, 1)).astype(np.float32))
+    tracemalloc.start()
+    (frame,) = volumes.slices_of(content, DecodeOptions())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * 3000 * 2000 * 4  # in float64, as a whole: 12
+    assert frame.pixels.min() == 0 and frame.pixels.max() == 255
+
+
+def test_the_pictures_of_a_file_and_of_a_record_are_not_more_than_memory_is_set_aside_for(monkeypatch, tmp_path):
+    content, options = nifti(volume()), DecodeOptions(slices="all")
+    one = len(decode(content)[0].picture.encoded)
+    monkeypatch.setattr(pictures, "LARGEST_PICTURES_BYTES", 20 * one)
+    assert len(decode(content, options)) == 16
+    monkeypatch.setattr(pictures, "LARGEST_PICTURES_BYTES", 10 * one)
+    with pytest.raises(PictureError, match="pictures-too-large"):
+        decode(content, options)
+    monkeypatch.setattr(write, "LARGEST_PICTURES_BYTES", 3 * one)
+    (tmp_path / "a.nii").write_bytes(content)
+    settings = write.Settings(out=tmp_path, tokenizer=tmp_path, store=Store(), key=b"", allow_burned_in=False,
+                              longest_tokens=1)  # fmt: skip
+    for num_images in (2, 4):
+        record = Record(0, images=("a.nii",) * num_images)
+        with pytest.raises(PictureError, match="too-large") if num_images == 4 else nullcontext():
+            assert len(write._read_all(tmp_path, record, settings)) == num_images
+
+
+@pytest.mark.parametrize("cut", ["voxels", "further volumes", "checksum"])
+def test_a_volume_is_read_to_its_end_whatever_of_it_is_shown(cut):
+    moving = np.stack([volume(), volume()], axis=-1)
+    if cut == "checksum":
+        content = bytearray(nifti(moving, zip=True))
+        content[-6] ^= 1
+    else:
+        content = nifti(moving)[: -8000 if cut == "further volumes" else -2 * volume().nbytes + 8000]
+    with pytest.raises(PictureError, match="truncated-or-corrupt"):
+        decode(bytes(content))
 
 
 def test_of_a_time_series_the_first_volume_and_of_colours_the_colours():
@@ -190,6 +258,27 @@ def test_slides_that_cannot_give_such_tiles_are_refused_for_a_reason(tmp_path):
     ):
         with pytest.raises(PictureError, match=reason):
             decode_slide(tmp_path / name, DecodeOptions(**options))
+
+
+def test_the_overview_of_a_slide_without_smaller_levels_is_read_strip_by_strip(tmp_path, monkeypatch):
+    """openslide's own thumbnail holds all of a level several times; 12,000 px were refused as damaged."""
+    pixels = np.full((1700, 2900, 3), 244, np.uint8)
+    pixels[900:1500, 1200:2400] = np.random.default_rng(0).integers((120, 40, 110), (180, 80, 170), (600, 1200, 3))
+    with tifffile.TiffWriter(tmp_path / "flat.tif") as writer:
+        writer.write(pixels, tile=(256, 256), photometric="rgb", resolution=(20_000, 20_000),
+                     resolutionunit="CENTIMETER", metadata=None)  # fmt: skip
+    monkeypatch.setattr(slide_tiles, "_STRIP_PIXELS", 100_000)
+    with openslide.OpenSlide(tmp_path / "flat.tif") as slide:
+        overview, shrink = slide_tiles._overview(slide)
+        assert shrink == 2 and overview.shape == (850, 1450, 3)
+        halves = pixels.reshape(850, 2, 1450, 2, 3).mean(axis=(1, 3))
+        assert abs(overview - halves).max() <= 0.51
+    whole = decode_slide(tmp_path / "flat.tif", DecodeOptions(tiles="all", tile_px=300))
+    np.testing.assert_array_equal(greys(whole)[0], pixels[900:1200, 1200:1500])
+    assert len(whole) == 8
+    monkeypatch.setattr(slide_tiles, "LARGEST_PIXELS", 2900 * 1700 - 1)
+    with openslide.OpenSlide(tmp_path / "flat.tif") as slide, pytest.raises(PictureError, match="without-overview"):
+        slide_tiles._overview(slide)
 
 
 def test_otsu_divides_two_heaps_between_them():

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,23 +10,18 @@ from megatron_medgpt.checkpoint.find import find_latest, read_facts
 from megatron_medgpt.data.exclude import read_excluded
 from megatron_medgpt.data.manifest import read_manifest
 from megatron_medgpt.data.shards import Dataset
+from tests.example_scripts import run_example
 
 for needed in ("pyarrow", "openslide", "tifffile", "urllib3", "imagehash"):
     pytest.importorskip(needed)
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curriculum") / "with a space"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(ROOT / "examples" / "06_curriculum" / "run.sh"), str(folder)], capture_output=True, text=True,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, timeout=380, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    (folder / "log").write_text(done.stdout + done.stderr)
+    said = run_example("06_curriculum", folder)
+    (folder / "log").write_text(said)
     return folder
 
 

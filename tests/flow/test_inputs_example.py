@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +23,10 @@ from megatron_medgpt.observe.metrics import read_metrics
 from megatron_medgpt.train.cadence import Cadence
 from megatron_medgpt.train.command import train_here
 from megatron_medgpt.types import ImageSpec
+from tests.example_scripts import ROOT, run_example
 
 for needed in ("pyarrow", "openslide", "tifffile"):
     pytest.importorskip(needed)
-ROOT = Path(__file__).parents[2]
 INPUTS = ("llava", "messages", "roco", "vqa_rad", "pmc_vqa", "slake", "omnimedvqa", "webdataset", "energon", "pairs",
           "dicom", "series", "nifti", "slides")  # fmt: skip
 pytestmark = pytest.mark.timeout(400)
@@ -38,12 +35,7 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs") / "work"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(ROOT / "examples" / "03_inputs" / "run.sh"), str(folder)], capture_output=True, text=True,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, timeout=380, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run_example("03_inputs", folder)
     return folder
 
 

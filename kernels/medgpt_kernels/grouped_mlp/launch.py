@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medgpt_kernels.dispatch import check, triton_refusal
-from medgpt_kernels.mx.op import triton_dtype
+from medgpt_kernels.mx.op import sum_block, triton_dtype
 from medgpt_kernels.route.blocks import block_e
 from medgpt_kernels.route.rows import RowIndex
 
@@ -106,12 +106,6 @@ class Weights:
         if self.kind == "mxfp4":
             stored, block[2] = stored.flatten(2), block[2] // 2
         return descriptor(stored, block), rows_are_k
-
-
-def sum_block(dtype: torch.dtype) -> int:
-    """Of a product's sum, how much is loaded at a time. fp32 has no tensor cores for exact products: 64 would take 295
-    KB of shared memory in four stages, and 27 KB of stack a thread (Triton 3.6, sm_90)."""
-    return 32 if dtype == torch.float32 else 64
 
 
 def backward_columns(kind: str) -> int:

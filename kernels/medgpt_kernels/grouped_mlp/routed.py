@@ -33,7 +33,7 @@ from medgpt_kernels.grouped_mlp.formats import check_fits, packed, packed_to_fp8
 from medgpt_kernels.grouped_mlp.launch import Weights
 from medgpt_kernels.grouped_mlp.weight_grads import GradSink
 from medgpt_kernels.mx import op as mx
-from medgpt_kernels.mx.op import triton_dtype
+from medgpt_kernels.mx.op import sum_block, triton_dtype
 from medgpt_kernels.mx.reference import E4M3
 from medgpt_kernels.permute.op import combine_rows
 from medgpt_kernels.route.blocks import block_e
@@ -132,7 +132,7 @@ def weight_grads(
     check_shape("grad_bias_EN", grad_bias_EN, (E, N_SIZE))
     check_same_dtype("a", a=a, b=b)
     check_contiguous(a=a, b=b, weights_TK=weights_TK, grad_EKN=grad_EKN, grad_bias_EN=grad_bias_EN)
-    blocks = {"BLOCK_M": 128, "BLOCK_R": launch.sum_block(a.dtype)}
+    blocks = {"BLOCK_M": 128, "BLOCK_R": sum_block(a.dtype)}
     for first, count, width in ((0, 1, 128), (1, launch.cdiv(K_SIZE, 128) - 1, columns)):
         if count:
             _gradients().weight_grad_kernel[(count, launch.cdiv(N_SIZE, width), E)](

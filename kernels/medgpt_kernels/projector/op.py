@@ -26,15 +26,10 @@ from medgpt_kernels.dispatch import (
     choose,
     triton_refusal,
 )
-from medgpt_kernels.mx.op import triton_dtype
+from medgpt_kernels.mx.op import sum_block, triton_dtype
 from medgpt_kernels.projector import reference
 
 LAUNCH = {"num_warps": 8, "num_stages": 3}
-
-
-def _sum_block(dtype: torch.dtype) -> int:
-    """Of a product's sum, how much is loaded at a time; fp32 has no tensor cores for exact products."""
-    return 32 if dtype == torch.float32 else 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +107,7 @@ def _linear(a, a_map, weight, *, at: Placement, out, bias=None, saved=None, inne
         unused if saved is None else saved, out, unused if inner is None else inner,
         unused if out_map is None else out_map, N, K, OUT, width, at.side, stride_k, stride_n, SHUFFLED=shuffled,
         MAPPED=a_map is not None and not shuffled, EPILOGUE=epilogue, SCATTER=out_map is not None, FOLD=at.fold,
-        DTYPE=triton_dtype(out.dtype), BLOCK_M=128, BLOCK_N=128, BLOCK_K=_sum_block(out.dtype), **LAUNCH,
+        DTYPE=triton_dtype(out.dtype), BLOCK_M=128, BLOCK_N=128, BLOCK_K=sum_block(out.dtype), **LAUNCH,
     )  # fmt: skip
 
 
@@ -123,7 +118,7 @@ def _linear_grad(d, d_map, x, at: Placement, weight, *, shuffled=False, width=0)
     _kernels().linear_grad_kernel[(_cdiv(OUT, 128), _cdiv(K, 128))](
         d, grad if d_map is None else d_map, x, at.patch_N, grad, bias, at.patch_N.shape[0], OUT, K, width, at.side,
         MAPPED=d_map is not None, SHUFFLED=shuffled, FOLD=at.fold, GRAD_DTYPE=triton_dtype(weight.dtype), BLOCK_M=128,
-        BLOCK_N=128, BLOCK_R=_sum_block(x.dtype), **LAUNCH,
+        BLOCK_N=128, BLOCK_R=sum_block(x.dtype), **LAUNCH,
     )  # fmt: skip
     return grad, bias
 

@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
-            self.server.asked[body] += 1
+            self.server.asked[self.headers["Authorization"]] += 1
         time.sleep(0.02)
         content = json.loads(body)["messages"][0]["content"]
         letter = "ABCD"[sum(part["type"] == "image_url" and len(part["image_url"]["url"]) for part in content) % 4]
@@ -57,13 +57,15 @@ def server():
     server.server_close()
 
 
-def start(server, folder, out):
+def start(server, folder, out, *, key):
+    """``key`` tells one process's requests from another's, whose last may reach the server after it was killed."""
     command = [
         sys.executable, "-m", "megatron_medgpt.cli", "eval", "phantoms", "--data", str(folder), "--endpoint",
         f"http://127.0.0.1:{server.server_port}", "--protocol", ",".join(PROTOCOLS), "--text-only", "--concurrency",
         "2", "--out", str(out),
     ]  # fmt: skip
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = os.environ | {"MEDGPT_API_KEY": key}
+    return subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process) -> None:
@@ -81,7 +83,7 @@ def answers_in(folder) -> int:
 
 def test_a_killed_evaluation_goes_on_where_it_was(server, tmp_path):
     folder = omnimedvqa_folder(tmp_path / "set", num_questions=NUM_QUESTIONS, questions_per_image=1)
-    process = start(server, folder, tmp_path / "killed" / "result.json")
+    process = start(server, folder, tmp_path / "killed" / "result.json", key="killed")
     deadline = time.monotonic() + 60
     while answers_in(tmp_path / "killed") < 60 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
@@ -90,10 +92,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(server, tmp_path):
     total = len(PROTOCOLS) * 4 * NUM_QUESTIONS  # as they are, blank, shuffled, without
     kept = answers_in(tmp_path / "killed")
     assert 60 <= kept < total
-    asked_before = sum(server.asked.values())
-    finish(start(server, folder, tmp_path / "killed" / "result.json"))
-    assert sum(server.asked.values()) - asked_before == total - kept
-    finish(start(server, folder, tmp_path / "whole" / "result.json"))
+    finish(start(server, folder, tmp_path / "killed" / "result.json", key="continued"))
+    assert server.asked["Bearer continued"] == total - kept
+    finish(start(server, folder, tmp_path / "whole" / "result.json", key="whole"))
+    assert server.asked["Bearer whole"] == total
     for protocol in PROTOCOLS:
         killed, whole = (
             json.loads((tmp_path / run / f"result.{protocol}.json").read_text()) for run in ("killed", "whole")

@@ -58,6 +58,9 @@ class EndpointEngine:
     with growing pauses, which the log says once; then the question counts as wrong, with the reason. The server is
     taken to be gone when ``GIVE_UP_AFTER`` questions in a row have failed, or the first ``FIRST_FAILED`` and a request
     of one word too (which a server answers that only cannot take these questions).
+
+    vLLM, which says in ``/v1/models`` who it is, is asked to leave special tokens in: without harmony's marks nobody
+    could tell a thought that was cut off from an answer.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class EndpointEngine:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._given_up, self._has_complained = threading.Event(), False
+        self._extensions: dict[str, Any] = {}
         self.model = self._served(model)
 
     @property
@@ -135,12 +139,15 @@ class EndpointEngine:
     def _served(self, model: str | None) -> str:
         """The model to ask for; the server's own name where none is given, refused where it serves others."""
         try:
-            served = [str(entry["id"]) for entry in self._call("/models", None, tries=1)["data"]]
+            entries = self._call("/models", None, tries=1)["data"]
+            served = [str(entry["id"]) for entry in entries]
+            if any(entry.get("owned_by") == "vllm" for entry in entries):
+                self._extensions = {"skip_special_tokens": False}
         except WorkError as error:
             if "HTTP 401" in str(error) or "HTTP 403" in str(error):
                 raise WorkError(f"--endpoint: {error}; give the server's key in MEDGPT_API_KEY") from None
             raise WorkError(f"--endpoint: {error}; is the server up, and is this its address?") from None
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             raise WorkError(f"--endpoint {self.url}/models does not answer as an OpenAI-compatible server") from None
         if model is None and len(served) == 1:
             return served[0]
@@ -158,7 +165,7 @@ class EndpointEngine:
             return Prediction(question_id=question.question_id, error=str(error)), False
         body: dict[str, Any] = {
             "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
-            "max_tokens": self.max_new_tokens,
+            "max_tokens": self.max_new_tokens, **self._extensions,
         }  # fmt: skip
         if self.reasoning_effort is not None:
             body["reasoning_effort"] = self.reasoning_effort

@@ -25,7 +25,7 @@ from megatron_medgpt.evaluate.tasks import load_task
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._send(self.server.state.get("models", 200), {"data": [{"id": "med"}]})
+        self._send(self.server.state.get("models", 200), {"data": [{"id": "med"} | self.server.state.get("entry", {})]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -99,6 +99,22 @@ def test_answers_come_in_order_with_picture_and_greedy_settings(server, task):
     body = server.state["requests"][0][1]
     assert (body["temperature"], body["reasoning_effort"], body["model"]) == (0, "low", "med")
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_vllm_is_asked_for_harmonys_marks_and_a_thought_that_was_cut_off_is_no_answer(server, task):
+    thought = "<|channel|>analysis<|message|>It may well be A"
+    server.state["entry"] = {"owned_by": "vllm"}
+    server.state["answer"] = lambda number, attempt: reply(
+        f"{thought}<|end|><|start|>assistant<|channel|>final<|message|>{'ABCD'[number % 4]}" if number else thought
+    )
+    summary, items = answered(engine_of(server), task)
+    assert (summary["correct"], summary["failed"], items[0].error) == (15, 1, "no final channel")
+    assert {body["skip_special_tokens"] for _, body in server.state["requests"]} == {False}
+
+
+def test_other_servers_are_sent_nothing_that_is_vllms_own(server, task):
+    answered(engine_of(server), task)
+    assert not any("skip_special_tokens" in body for _, body in server.state["requests"])
 
 
 def test_passing_faults_are_tried_again_and_lasting_ones_count_as_wrong(server, task):

@@ -19,7 +19,7 @@ PYTEST ?= -m pytest -n 2 --dist loadscope
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-newest check format setup setup-newest clean slurm-test image-test twins lock
-.PHONY: convert-bench convert-matrix fuzz chat-test gpu-rehearsal formats
+.PHONY: convert-bench convert-matrix vllm-test fuzz chat-test gpu-rehearsal formats
 
 setup: $(VENV)/ready
 
@@ -90,6 +90,13 @@ convert-bench: setup
 # Every layout x dtype x tower of the converters, by logits.
 convert-matrix: setup
 	@$(BIN)/python tools/convert/matrix.py
+
+# Exports in vLLM itself, on this machine's CPU: its logits, its pixels, its server under `medgpt eval` (6 GB of packages
+# in an environment of their own; ten minutes).
+vllm-test: setup
+	@test -n "$(PYTHON_NEWEST)" || { echo "no Python 3.12 or later found; set PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
+	@PYTHON="$(PYTHON_NEWEST)" PIP_ARGS="$(PIP_ARGS)" tools/convert/vllm_on_a_cpu.sh build/vllm
+	@MEDGPT_VLLM=$(CURDIR)/build/vllm/bin/python $(BIN)/python -m pytest tests/flow/test_vllm.py -rP --timeout 1800
 
 # 20,000 damaged inputs for each reader: tables, archives, pictures, slides, vocabularies, datasets (CI does a few of each).
 fuzz: setup

@@ -37,6 +37,16 @@ _UNPACKED = """
 On a CPU the MXFP4 experts are unpacked when the model is opened: import `Mxfp4Config` from transformers and add
 `quantization_config=Mxfp4Config(dequantize=True)` to the first `from_pretrained`.
 """
+_SERVED = """
+Served: `vllm serve FOLDER` takes it as it is, with pictures and this chat template.
+"""
+_SERVED_PACKED = """
+Served by vLLM, which from 0.20 on takes MXFP4 experts for DeepSeek's where a model's own name is not GPT-oss:
+
+```
+vllm serve FOLDER --hf-overrides '{"quantization_config": {"quant_method": "gpt_oss_mxfp4"}}'
+```
+"""
 
 
 def write_card(
@@ -60,7 +70,7 @@ def write_card(
             f"{worst[1].relative:.4f} (`{worst[0]}`); every tensor's stands in `quantisation.json`.\n"
         )
     if part == "whole":
-        sections.append(f"## Use\n\n{_USAGE}" + (_UNPACKED if dtype == "mxfp4" else ""))
+        sections.append(f"## Use\n\n{_USAGE}" + (_UNPACKED + _SERVED_PACKED if dtype == "mxfp4" else _SERVED))
     sections.append(_terms_section(config, part))
     (folder / "README.md").write_text("\n".join(sections), encoding="utf-8")
 

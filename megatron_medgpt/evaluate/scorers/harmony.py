@@ -14,7 +14,7 @@ _MESSAGE = re.compile(
 )
 _STRIPPED = re.compile(r"\Aanalysis.*assistantfinal", re.S)
 _LEADING_MESSAGE = re.compile(r"\A\s*final\s*<\|message\|>")
-_ENDS = ("<|return|>", "<|end|>")
+_ENDS = ("<|return|>", "<|end|>", "<|call|>")
 
 
 def final_channel(text: str) -> str | None:

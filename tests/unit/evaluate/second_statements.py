@@ -115,7 +115,7 @@ def short(answer: str, output: str, closed: bool) -> tuple[bool, float, float]:
 def final(text: str) -> str | None:
     """The final channel of a harmony answer that is written out with its control tokens."""
     if "<|channel|>" not in text:
-        return re.split(r"<\|(?:return|end)\|>", text)[0]
+        return re.split(r"<\|(?:return|end|call)\|>", text)[0]
     messages = []
     for part in text.split("<|channel|>")[1:]:
         header, mark, body = part.partition("<|message|>")

@@ -48,6 +48,7 @@ def test_the_prompt_follows_the_kind_of_question():
     [
         ("D", "D"),
         ("D<|return|>", "D"),
+        ("D<|call|>", "D"),
         ("<|channel|>analysis<|message|>A or B?<|end|><|start|>assistant<|channel|>final<|message|>B<|return|>", "B"),
         ("<|channel|>final<|message|> B ", "B"),
         ("final<|message|>B<|return|>", "B"),

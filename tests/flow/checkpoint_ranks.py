@@ -13,7 +13,7 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-def run_ranks(num_ranks: int, *arguments: object, deadline_s: float = 180.0) -> tuple[bool, str]:
+def run_ranks(num_ranks: int, *arguments: object, deadline_s: float = 900.0) -> tuple[bool, str]:
     """Run the worker on every rank; return whether all ended well in time, and what they printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -23,7 +23,7 @@ LAYOUTS = ("1,2,1", RESUMED, "2,1,2")
 """Every layout of up to four ranks writes the same tokens: ``tests/parallel``. Here the engines share the work."""
 
 
-def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 150) -> None:
+def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 500) -> None:
     """Start the worker on ``world_size`` processes, each a session of its own, and end all of them in any case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(trito
 def verify(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "STATE": str(tmp_path / "state"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment["CASES"] = "products,conversions,projector"  # a whole rehearsal takes a minute of one core
-    command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out"), *arguments]
+    command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out"), "--minutes", "60", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.presets import TINY, TINY_CLIP
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
 from megatron_medgpt.parallel import groups
+from megatron_medgpt.parallel.launch import LISTENER, meeting_of
 from megatron_medgpt.parallel.plan import make_layout
 
 MODEL = ModelConfig(language=TINY, vision=TINY_CLIP)
@@ -88,6 +90,17 @@ def test_all_ranks_that_come_share_one_store(address):
         stores = [done.result() for done in [pool.submit(groups.meet, rank, 3, 300) for rank in range(3)]]
     stores[2].set("word", "said")
     assert stores[0].get("word") == b"said"
+
+
+def test_the_first_rank_takes_over_the_socket_that_was_opened_for_it(monkeypatch):
+    """The port is in use all the time: nobody else can have it, and it cannot be opened anew."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        variables, (descriptor,) = meeting_of(0, listener)
+        for name, value in {**variables, LISTENER: str(os.dup(descriptor))}.items():
+            monkeypatch.setenv(name, value)
+        stores = [done.result() for done in [pool.submit(groups.meet, rank, 2, 300) for rank in range(2)]]
+        stores[1].set("word", "said")
+        assert stores[0].get("word") == b"said"
 
 
 def test_a_port_in_use_is_named(address):

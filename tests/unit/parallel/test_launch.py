@@ -25,7 +25,7 @@ ENDED = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
     ],
 )
 def test_a_rank_that_a_signal_has_ended_is_named(monkeypatch, capfd, programs, code, said):
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         return subprocess.Popen([sys.executable, "-c", programs[rank]], start_new_session=True)
 
     monkeypatch.setattr(launch, "_start_rank", start)
@@ -50,7 +50,7 @@ def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stop
 ):
     monkeypatch.chdir(tmp_path)
 
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         return subprocess.Popen([sys.executable, "-c", programs[rank]], start_new_session=True)
 
     def tell():
@@ -70,7 +70,7 @@ def test_a_signal_before_the_last_rank_is_started_leaves_none_behind(monkeypatch
     monkeypatch.chdir(tmp_path)
     started = []
 
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         if rank == 1:
             while not (tmp_path / "here").exists():
                 time.sleep(0.01)

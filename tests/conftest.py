@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -43,12 +44,28 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+def same_random_numbers() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(20_000)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_any_order():
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    same_random_numbers()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def leave_the_world_afterwards():
-    """A test file that joined a world of processes leaves it: the next file starts from none."""
+    """A test file that joined a world of processes leaves it: the next file starts from none, with the threads that
+    it would have alone."""
+    same_random_numbers()
+    torch = sys.modules.get("torch")
+    num_threads = torch.get_num_threads() if torch is not None else 0
     yield
-    import sys
-
+    if num_threads:
+        torch.set_num_threads(num_threads)
     groups = sys.modules.get("megatron_medgpt.parallel.groups")
     if groups is not None:
         groups.stop()

@@ -15,7 +15,7 @@ def run_example(name: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(ROOT / "examples" / name / "run.sh"), str(folder)], cwd=folder.parent, capture_output=True,
-        text=True, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, timeout=380, check=False,
+        text=True, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, timeout=1100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -17,20 +18,32 @@ class Files:
         """Path -> status codes of the next answers, before the file itself is served."""
         self.asked: Counter[str] = Counter()
         self.most_at_once = 0
+        self.together = 0
+        """Answers wait until so many were asked for at once, or a minute."""
         self.wait_s = 0.0
         self.url = ""
-        self._lock, self._at_once = threading.Lock(), 0
+        self._changed, self._at_once, self._answers = threading.Condition(), 0, math.inf
+
+    def answer(self, number: float = math.inf) -> None:
+        """From the start so many requests are answered, and the others wait until this is called again."""
+        with self._changed:
+            self._answers = number
+            self._changed.notify_all()
 
     @contextmanager
     def counted(self, path: str):
-        with self._lock:
+        with self._changed:
             self.asked[path] += 1
+            number = self.asked.total()
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: number <= self._answers)
+            self._changed.wait_for(lambda: self.most_at_once >= self.together, timeout=60)
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 self._at_once -= 1
 
 
@@ -82,6 +95,7 @@ def serving():
     try:
         yield files
     finally:
+        files.answer()
         server.shutdown()
         server.server_close()
         thread.join(timeout=10)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from torch import Tensor
 from megatron_medgpt.config.errors import UsageError, WorkError
 from megatron_medgpt.config.load import build
 from megatron_medgpt.config.schema import ModelConfig, ParallelConfig
+from megatron_medgpt.parallel.launch import meeting_of
 
 FP32_BOUND = 2e-5
 """Largest difference of fp32 logits, relative to the largest logit where that exceeds 1."""
@@ -220,17 +220,20 @@ def run_ranks(command: Sequence[str], size: int, folder: Path, timeout_s: float)
     Raises:
         WorkError: a rank failed (with its last line), or they took longer than ``timeout_s``. None is left running.
     """
-    port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     deadline = time.monotonic() + timeout_s
     try:
-        for rank in range(size):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-            with open(folder / f"rank{rank}.log", "wb") as log:
-                ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(size):
+                meeting, descriptors = meeting_of(rank, listener)
+                world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **meeting}
+                with open(folder / f"rank{rank}.log", "wb") as log:
+                    ranks.append(
+                        subprocess.Popen(
+                            command, env=os.environ | world, stdout=log, stderr=log, start_new_session=True,
+                            pass_fds=descriptors,
+                        )
+                    )  # fmt: skip
         while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
             if time.monotonic() > deadline:
                 raise WorkError(f"the {size} ranks took longer than {timeout_s:.0f} s")
@@ -244,17 +247,6 @@ def run_ranks(command: Sequence[str], size: int, folder: Path, timeout_s: float)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def _free_port() -> int:
-    """A port that nobody listens on, below the range that outgoing connections are given: rank 0 binds it seconds
-    later, when it has imported everything, and one of those would have been taken meanwhile."""
-    for _ in range(100):
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise WorkError("no free port between 20000 and 32000 for the ranks to meet at")
 
 
 def config_of_task(settings: Mapping[str, Any]) -> tuple[ModelConfig, ParallelConfig]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_medgpt.config.errors import UsageError, WorkError
-from megatron_medgpt.parallel.launch import node_of_rank
+from megatron_medgpt.parallel.launch import LISTENER, node_of_rank
 from megatron_medgpt.parallel.plan import Layout
 from megatron_medgpt.parallel.platform import Platform, platform, prepare_engine
 
@@ -94,10 +94,11 @@ def meet(rank: int, size: int, deadline_s: float) -> dist.Store:
     at, end = f"{address}:{port}", time.monotonic() + deadline_s
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store
     serves = rank == 0 and not agent_serves
+    listener = os.environ.pop(LISTENER, None) if serves else None
     try:
         served = dist.TCPStore(
             address, port, size, is_master=serves, timeout=datetime.timedelta(seconds=deadline_s),
-            wait_for_workers=False, multi_tenant=True,
+            wait_for_workers=False, multi_tenant=True, master_listen_fd=None if listener is None else int(listener),
         )  # fmt: skip
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if serves:

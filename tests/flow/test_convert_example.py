@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.example_scripts import run_example
-
-pytestmark = pytest.mark.timeout(400)
 
 
 def test_the_example_goes_from_public_weights_to_an_answer_of_transformers(tmp_path):

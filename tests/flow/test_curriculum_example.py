@@ -14,7 +14,6 @@ from tests.example_scripts import run_example
 
 for needed in ("pyarrow", "openslide", "tifffile", "urllib3", "imagehash"):
     pytest.importorskip(needed)
-pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(600)
 
 
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=580
+        command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=1100
     )  # fmt: skip
 
 

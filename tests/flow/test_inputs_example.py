@@ -29,7 +29,6 @@ for needed in ("pyarrow", "openslide", "tifffile"):
     pytest.importorskip(needed)
 INPUTS = ("llava", "messages", "roco", "vqa_rad", "pmc_vqa", "slake", "omnimedvqa", "webdataset", "energon", "pairs",
           "dicom", "series", "nifti", "slides")  # fmt: skip
-pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_a_job_trains_across_two_nodes(cluster, run_file, tmp_path, launch):
     (tmp_path / "token").chmod(0o600)
     train = {"run": str(run_file), "out": "run"}
     (job,) = submit(cluster, tmp_path / "w", launch=launch, token_file=str(tmp_path / "token"), train=train)
-    job.wait("the first step", lambda: num_steps_done(tmp_path / "w/run") > 0, 240)
+    job.wait("the first step", lambda: num_steps_done(tmp_path / "w/run") > 0, 900)
     seen = list(processes_of(cluster))
     assert len(seen) >= 4, "batch script, srun and two ranks at least"
     assert not [pid for pid, command, environment in seen if CANARY in "\0".join((*command, *environment))]

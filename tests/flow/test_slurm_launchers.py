@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import subprocess
 import sys
@@ -210,9 +211,10 @@ def test_the_first_node_names_one_that_never_came_and_no_other():
         Heartbeat(name="n1", first=True, expected=("n1", "n2", "n3"), meet_s=3, never_came=absent.append, **common),
         Heartbeat(name="n2", first=False, **common),
     ]
-    for beat in beats:
-        beat.start()
-    end = time.monotonic() + 15
+    beats[1].start()
+    assert select.select([beats[0]._socket], [], [], 300)[0], "the second was never heard"
+    beats[0].start()
+    end = time.monotonic() + 300
     while not absent and time.monotonic() < end:
         time.sleep(0.05)
     for beat in beats:

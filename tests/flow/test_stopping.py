@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -23,33 +24,28 @@ from tests.small_data import picture, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def _as_in_a_terminal() -> None:
     """A shell starts what it runs in the background with SIGINT ignored, and everything below inherits that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def stopped(
-    arguments: list[str], number: int, *, when: Callable[[], bool], folder: Path
-) -> tuple[int, list[str], float]:
-    """Exit code, lines on stderr, and seconds until the end of a command that gets a signal as a terminal sends it: to
-    its whole process group."""
+def stopped(arguments: list[str], number: int, *, when: Callable[[], bool], folder: Path) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of a command that gets a signal as a terminal sends it: to its whole process
+    group. What it must not wait for lasts until the end of the test, so that its end is enough."""
     command = [sys.executable, "-m", "megatron_medgpt", *arguments]
     process = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=_as_in_a_terminal,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not when():
             assert process.poll() is None and time.monotonic() < deadline, "it never came so far"
             time.sleep(0.01)
         os.killpg(process.pid, number)
-        told = time.monotonic()
-        said = process.communicate(timeout=30)[1]
-        return process.returncode, said.splitlines(), time.monotonic() - told
+        said = process.communicate(timeout=240)[1]
+        return process.returncode, said.splitlines()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -58,11 +54,10 @@ def stopped(
 def test_a_command_that_is_still_being_imported_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "typer.py").write_text("from pathlib import Path; import time; Path('here').touch(); time.sleep(60)")
+    (tmp_path / "typer.py").write_text("from pathlib import Path; import time; Path('here').touch(); time.sleep(3600)")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    code, said, seconds = stopped(["doctor"], signal.SIGINT, when=(tmp_path / "here").exists, folder=tmp_path)
+    code, said = stopped(["doctor"], signal.SIGINT, when=(tmp_path / "here").exists, folder=tmp_path)
     assert (code, said) == (128 + signal.SIGINT, ["medgpt: stopped by SIGINT"])
-    assert seconds < 20
 
 
 def test_a_signal_in_the_middle_of_an_import_is_heard_when_it_is_over(
@@ -98,7 +93,8 @@ def test_a_rank_whose_python_is_still_starting_ends_without_a_traceback(
 ) -> None:
     here = tmp_path / "here"
     (tmp_path / "sitecustomize.py").write_text(
-        f"from pathlib import Path; import time; Path({str(here)!r}).touch(); time.sleep(1)"
+        f"import signal, time; from pathlib import Path; Path({str(here)!r}).touch()\n"
+        "while signal.SIGINT not in signal.sigpending(): time.sleep(0.01)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 
@@ -120,7 +116,7 @@ def test_a_stopped_ingest_keeps_its_whole_shards_and_continues(tmp_path: Path, n
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = ["ingest", "table.jsonl", "--tokenizer", "tokenizer", "--out", "new", "--workers", "2"]
     first_note = tmp_path / "new" / ".shard-00000.json"
-    code, said, _ = stopped(line, number, when=first_note.exists, folder=tmp_path)
+    code, said = stopped(line, number, when=first_note.exists, folder=tmp_path)
     assert code == 128 + number
     said = [text for text in said if not text.startswith("WARNING")]
     assert len(said) == 1, said
@@ -130,7 +126,7 @@ def test_a_stopped_ingest_keeps_its_whole_shards_and_continues(tmp_path: Path, n
     if number == signal.SIGTERM:
         return
     command = [sys.executable, "-m", "megatron_medgpt", *line]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=90)
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     assert json.loads((tmp_path / "new" / "dataset.json").read_text())["num_samples"] == len(rows)
     assert all(path.stat().st_mtime_ns == then for path, then in whole.items()), "written anew"
 
@@ -138,16 +134,16 @@ def test_a_stopped_ingest_keeps_its_whole_shards_and_continues(tmp_path: Path, n
 class _Slow(BaseHTTPRequestHandler):
     """Answers the first question at once, and then nobody."""
 
-    asked = 0
+    server: _SlowServer
 
     def do_GET(self) -> None:
         self._send({"data": [{"id": "slow"}]})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        type(self).asked += 1
-        if type(self).asked > 1:
-            time.sleep(60)
+        if next(self.server.asked) > 0:
+            self.server.over.wait()
+            return
         self._send({"model": "slow", "choices": [{"message": {"content": "A"}, "finish_reason": "stop"}]})
 
     def _send(self, content: dict) -> None:
@@ -161,19 +157,27 @@ class _Slow(BaseHTTPRequestHandler):
         """Nothing: the output belongs to the test."""
 
 
+class _SlowServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Slow)
+        self.asked, self.over = itertools.count(), threading.Event()
+
+
 @pytest.fixture
 def slow_endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with _SlowServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.over.set()
+        server.shutdown()
 
 
 def test_a_stopped_evaluation_keeps_its_answers_and_waits_for_no_server(tmp_path: Path, slow_endpoint: str) -> None:
     make_phantoms(tmp_path / "phantoms", num_train=0, num_test=16, seed=0)
     answers = tmp_path / "new.answers.jsonl"
-    code, said, seconds = stopped(
+    code, said = stopped(
         ["eval", "phantoms", "--data", "phantoms/test", "--endpoint", slow_endpoint, "--out", "new.json"],
         signal.SIGINT, when=lambda: answers.exists() and answers.stat().st_size > 0, folder=tmp_path,
     )  # fmt: skip
@@ -183,4 +187,3 @@ def test_a_stopped_evaluation_keeps_its_answers_and_waits_for_no_server(tmp_path
     ]
     assert "Traceback" not in "\n".join(said)
     assert len(answers.read_text().splitlines()) == 1
-    assert seconds < 20

@@ -21,8 +21,8 @@ needs_triton = pytest.mark.skipif(triton_refusal() is not None, reason=str(trito
 def verify(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "STATE": str(tmp_path / "state"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment["CASES"] = "products,conversions,projector"  # a whole rehearsal takes a minute of one core
-    command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out"), "--minutes", "60", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @needs_triton
@@ -64,7 +64,7 @@ def test_what_was_measured_is_kept_and_what_no_longer_fits_is_left_to_the_next_c
         code = bench.main()
         return code, [r["key"] for r in json.loads((tmp_path / "bench.json").read_text())["results"]]
 
-    assert measure("conversions", "100") == (0, ["conversions tiny"])
+    assert measure("conversions", "1000") == (0, ["conversions tiny"])
     assert measure("conversions,projector", "0") == (bench.LEFT_OUT, ["conversions tiny"])
 
 

@@ -195,7 +195,7 @@ def check_packed(rank: int, folder: Path) -> None:
 
 
 def main() -> None:
-    world = groups.start(timeout_s=60, kind="cpu")
+    world = groups.start(timeout_s=300, kind="cpu")
     check_dispatch(world.rank)
     check_fused(world.rank)
     check_main_grad(world.rank)

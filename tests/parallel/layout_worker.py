@@ -214,7 +214,7 @@ def run_steps(case: Case, folder: Path, *, dtype: torch.dtype) -> dict:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    world = groups.start(timeout_s=60)
+    world = groups.start(timeout_s=300)
     found = {}
     for name, case in {**CASES, **MUTANTS}.items():
         if case.world_size != world.size:

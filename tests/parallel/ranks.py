@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_medgpt.parallel.launch import meeting_of
+
 
 def run_ranks(program: Path, arguments: Sequence[str], *, num_ranks: int, deadline_s: float, folder: Path) -> None:
     """Run ``program`` once per rank and wait.
@@ -20,20 +22,23 @@ def run_ranks(program: Path, arguments: Sequence[str], *, num_ranks: int, deadli
         AssertionError: a rank failed or the deadline passed; with the end of its output.
     """
     environment = {
-        **os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        **os.environ, "WORLD_SIZE": str(num_ranks),
         "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     processes, logs = [], []
     try:
-        for rank in range(num_ranks):
-            logs.append(folder / f"rank-{num_ranks}-{rank}.log")
-            with logs[-1].open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(program), *arguments], stdout=log, stderr=subprocess.STDOUT,
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
-                    )
-                )  # fmt: skip
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(num_ranks):
+                logs.append(folder / f"rank-{num_ranks}-{rank}.log")
+                meeting, descriptors = meeting_of(rank, listener)
+                with logs[-1].open("wb") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, str(program), *arguments], stdout=log, stderr=subprocess.STDOUT,
+                            env={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                            start_new_session=True, pass_fds=descriptors,
+                        )
+                    )  # fmt: skip
         end = time.monotonic() + deadline_s
         while any(process.poll() is None for process in processes):
             if any(process.poll() for process in processes) or time.monotonic() > end:
@@ -47,12 +52,6 @@ def run_ranks(program: Path, arguments: Sequence[str], *, num_ranks: int, deadli
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _tail(log: Path) -> str:

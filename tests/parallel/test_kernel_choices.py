@@ -12,6 +12,6 @@ def test_choices_of_kernels_change_what_ranks_compute_by_their_rounding_alone(tm
         Path(__file__).with_name("kernel_worker.py"),
         [str(tmp_path / "checkpoints")],
         num_ranks=2,
-        deadline_s=240,
+        deadline_s=900,
         folder=tmp_path,
     )

@@ -25,12 +25,12 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     results = {}
     for num_ranks in (1, 2, 4):
-        run_ranks(WORKER, [str(folder)], num_ranks=num_ranks, deadline_s=280, folder=folder)
+        run_ranks(WORKER, [str(folder)], num_ranks=num_ranks, deadline_s=1000, folder=folder)
         results |= torch.load(folder / f"world-{num_ranks}.pt")
     return results
 
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for all the ranks
+pytestmark = pytest.mark.timeout(2400)  # the first test waits for all the ranks
 LAYOUTS = [name for name in CASES if name != "one process"]
 
 

@@ -76,8 +76,9 @@ esac
 deadline="" in_parts=""
 "$python" -c 'import pytest_timeout' 2>/dev/null && deadline="--timeout=200"
 "$python" -c 'import xdist' 2>/dev/null && in_parts="-n 4 --dist load"
-# With the sum of what is checked: a tree that is not committed, or a copy without .git, is another one.
-sum=$(find kernels megatron_medgpt tests/kernels tools/gpu -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-12)
+# With the sum of what is checked: a tree that is not committed, or a copy without .git, is another one. Python writes its
+# caches under passing names and renames them.
+sum=$(find kernels megatron_medgpt tests/kernels tools/gpu -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c1-12)
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)+$sum${rehearse:+-rehearsal}
 started=$SECONDS
 # First those that the benchmark waits for, the rest after it. Not the tests of this script and of compiling without a GPU.

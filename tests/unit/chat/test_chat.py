@@ -158,14 +158,14 @@ def page(export, tmp_path):
 
 
 def _wait_for(address, process):
-    for _ in range(240):
+    for _ in range(2400):
         assert process.poll() is None, process.stderr.read()
         try:
             urllib.request.urlopen(address, timeout=2).close()
             return
         except OSError:
             time.sleep(0.25)
-    raise AssertionError("the page did not come up in a minute")
+    raise AssertionError("the page did not come up in ten minutes")
 
 
 def test_the_page_answers_deletes_uploads_and_stays_on_this_machine(page, export, ct):
@@ -193,5 +193,5 @@ def test_the_page_answers_deletes_uploads_and_stays_on_this_machine(page, export
     assert not re.search(rf"(0\.0\.0\.0|\*|\[::\]):{port}\b", listening)
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=300) == 0
     assert not list(folder.glob("medgpt-chat-*"))

@@ -298,7 +298,7 @@ def test_a_save_that_hangs_ends_the_process_with_its_own_exit_code(tmp_path, mon
     released = threading.Event()
     monkeypatch.setattr(ranks.os, "_exit", lambda code: (codes.append(code), released.set()))
     monkeypatch.setattr(ranks.faulthandler, "dump_traceback", lambda file: None)
-    monkeypatch.setattr("megatron_medgpt.checkpoint.save.write_tensors", lambda *a, **k: released.wait(20))
+    monkeypatch.setattr("megatron_medgpt.checkpoint.save.write_tensors", lambda *a, **k: released.wait(600))
     with pytest.raises(WorkError):  # only because this test keeps the process alive
         save_checkpoint(tmp_path, 1, sharded(tensors()), CheckpointFacts(step=1), timeout_s=0.2)
     assert codes == [ranks.EXIT_HUNG]

@@ -302,19 +302,21 @@ def test_the_prefetcher_keeps_the_order_and_hands_on_errors():
 
 
 def test_the_prefetcher_stays_within_its_depth_and_stops_its_thread():
-    started = []
+    started, before = [], set(threading.enumerate())
     with Prefetcher(lambda n: started.append(n) or n, range(100), depth=3) as results:
         next(results)
         time.sleep(0.3)
         assert len(started) <= 1 + 3 + 1
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+        (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "prefetch" and not thread.is_alive()
 
 
 def test_the_prefetching_thread_outlives_the_last_batch():
     """Without it libgomp lets the model's threads spin, and the last steps of a stage took 3 to 7 times as long."""
+    before = set(threading.enumerate())
     with Prefetcher(lambda n: n, range(2), depth=2) as results:
         assert [next(results), next(results)] == [0, 1]
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "prefetch")
+        (thread,) = set(threading.enumerate()) - before
         thread.join(timeout=0.5)
         assert thread.is_alive()
     assert not thread.is_alive()

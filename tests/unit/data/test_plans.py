@@ -92,7 +92,7 @@ def test_of_ranks_that_begin_together_one_makes_the_plan(tmp_path):
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
         for _ in range(3)
     ]
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    said = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert sorted(said) == ["5\n", "5\n", "made\n5\n"]
 
 

@@ -20,6 +20,8 @@ from megatron_medgpt.data.shards import Dataset
 from megatron_medgpt.data.stored import pack_pixels, unpack_pixels
 from megatron_medgpt.data.verify import verify
 
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
 
 def test_megatron_core_reads_what_is_written_here(write_dataset):
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
@@ -168,7 +170,7 @@ def test_a_last_sequence_of_another_length_is_found(tmp_path, change):
         IndexedFile(tmp_path / "pair", "int32")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=HEALTH)
 @given(data=st.data())
 def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, data):
     prefix = tmp_path / "pair"
@@ -191,7 +193,7 @@ def test_any_mutation_of_an_index_is_a_typed_error_or_changes_nothing(tmp_path, 
     assert found == sequences
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=HEALTH)
 @given(data=st.data())
 def test_any_mutation_of_the_manifest_is_a_typed_error_or_a_dataset(write_dataset, tmp_path, data):
     folder = tmp_path / "dataset"
@@ -335,5 +337,5 @@ def test_a_dataset_of_more_shards_than_files_may_be_open_is_read(write_dataset, 
         "ids = [int(dataset[n].sample_id, 16) for n in (*range(59, -1, -1), *range(60))]\n"
         "assert ids == [*range(59, -1, -1), *range(60)]; print(len(lengths))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr

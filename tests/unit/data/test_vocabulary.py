@@ -174,7 +174,7 @@ def test_the_same_file_gives_the_same_tokenizer_in_every_process(sentencepiece_f
         "print(Tokenizer.load(p).fingerprint)"
     )
     found = subprocess.run(
-        [sys.executable, "-c", program, sentencepiece_file, tiktoken_file], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, sentencepiece_file, tiktoken_file], capture_output=True, text=True, timeout=600
     ).stdout.split()
     assert found == [Tokenizer.load(sentencepiece_file).fingerprint, Tokenizer.load(tiktoken_file).fingerprint]
 

@@ -58,7 +58,7 @@ def learn_from_one_row(model: MedGPT, forward: LayoutForward, tokenizer: Tokeniz
 
 def main(folder: Path, layouts: list[str]) -> None:
     torch.set_num_threads(1)
-    world = process_groups.start(timeout_s=60, kind="cpu")
+    world = process_groups.start(timeout_s=300, kind="cpu")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     for text in layouts:
         tensor, pipeline, expert, *virtual = (int(degree) for degree in text.split(","))

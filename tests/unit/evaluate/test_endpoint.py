@@ -83,9 +83,17 @@ def task(tmp_path):
     return load_task("phantoms", omnimedvqa_folder(tmp_path))
 
 
+def wait_until(true) -> bool:
+    """In a thread of the server."""
+    end = time.monotonic() + 120
+    while not true() and time.monotonic() < end:
+        time.sleep(0.005)
+    return true()
+
+
 def engine_of(server, **settings):
     url = f"http://127.0.0.1:{server.server_port}"
-    return EndpointEngine(url, concurrency=4, pause_s=0.01, timeout_s=5, **settings)
+    return EndpointEngine(url, concurrency=4, pause_s=0.01, timeout_s=300, **settings)
 
 
 def answered(asked, task):
@@ -161,8 +169,17 @@ def test_content_in_another_form_than_text_is_a_failure(server, task):
 def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "GIVE_UP_AFTER", 10)
     folder = omnimedvqa_folder(tmp_path / "many", num_questions=60)
-    server.state["answer"] = lambda number, attempt: reply("ABCD"[number % 4]) if number < 30 else (503, {})
     out = tmp_path / "result.json"
+
+    def kept():
+        return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*.answers.jsonl"))
+
+    def goes(number, attempt):
+        if number >= 30 and not wait_until(lambda: kept() >= 30):
+            raise AssertionError("what was answered was not kept")
+        return reply("ABCD"[number % 4]) if number < 30 else (503, {})
+
+    server.state["answer"] = goes
     with pytest.raises(WorkError, match=r"10 questions in a row failed, the last with: .*503"):
         run_eval("phantoms", folder, out, engine=engine_of(server, retries=0), protocol="letter", controls=())
     assert not out.exists()
@@ -193,9 +210,14 @@ def test_a_server_that_answers_nothing_from_the_first_question_is_asked_no_more(
 
 def test_questions_that_a_server_refuses_which_answers_others_are_counted_though_they_come_first(server, tmp_path):
     folder = omnimedvqa_folder(tmp_path / "many", num_questions=40)
-    server.state["answer"] = lambda number, attempt: (
-        reply("ABCD"[number % 4]) if number >= 12 else (400, {"error": "long"})
-    )
+
+    def answer(number, attempt):
+        if number < 12:
+            return 400, {"error": "long"}
+        wait_until(lambda: "words" in server.state)  # no answer overtakes a refusal
+        return reply("ABCD"[number % 4])
+
+    server.state["answer"] = answer
     summary, _ = run_eval(
         "phantoms", folder, tmp_path / "o.json", engine=engine_of(server), protocol="letter", controls=()
     )

@@ -15,6 +15,7 @@ import pytest
 from question_folders import omnimedvqa_folder, read_questions, write_questions
 
 from megatron_medgpt.data.text import train_tokenizer
+from megatron_medgpt.parallel.launch import meeting_of
 
 HERE = Path(__file__).parent
 RESUMED = "1,1,1"
@@ -23,23 +24,25 @@ LAYOUTS = ("1,2,1", RESUMED, "2,1,2")
 """Every layout of up to four ranks writes the same tokens: ``tests/parallel``. Here the engines share the work."""
 
 
-def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 150) -> None:
+def run_ranks(world_size: int, folder: Path, layouts: tuple[str, ...], timeout_s: float = 500) -> None:
     """Start the worker on ``world_size`` processes, each a session of its own, and end all of them in any case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes = []
     try:
-        for rank in range(world_size):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-            log = (folder / f"world{world_size}-rank{rank}.log").open("w")
-            command = [sys.executable, str(HERE / "engine_worker.py"), str(folder), *layouts]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            )
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(world_size):
+                meeting, descriptors = meeting_of(rank, listener)
+                environment = os.environ | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
+                    **meeting,
+                }  # fmt: skip
+                log = (folder / f"world{world_size}-rank{rank}.log").open("w")
+                command = [sys.executable, str(HERE / "engine_worker.py"), str(folder), *layouts]
+                processes.append(
+                    subprocess.Popen(
+                        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                        pass_fds=descriptors,
+                    )
+                )  # fmt: skip
         for rank, process in enumerate(processes):
             assert process.wait(timeout_s) == 0, (folder / f"world{world_size}-rank{rank}.log").read_text()[-3000:]
     finally:

@@ -23,7 +23,7 @@ SECRET = "Mustermann-Müller 4711"
 
 def audit(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def png_text(compressed):

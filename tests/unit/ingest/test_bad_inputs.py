@@ -162,10 +162,10 @@ def test_above_the_reject_rate_the_command_ends_with_1_and_one_line(tmp_path, to
     (tmp_path / "t.jsonl").write_text('{"image": "good.png", "caption": "x"}\n{"image": "none.png", "caption": "y"}\n')
     command = [sys.executable, "-m", "megatron_medgpt.cli", "ingest", tmp_path / "t.jsonl", "--out", tmp_path / "out",
                "--tokenizer", tokenizer_folder, "--key-file", key_file, "--workers", "1"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1
     assert "1 of 2 records were rejected (1 missing-file)" in done.stderr and done.stderr.count("\n") == 1
-    assert subprocess.run([*command, "--max-reject-rate", "0.5"], capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run([*command, "--max-reject-rate", "0.5"], capture_output=True, timeout=600).returncode == 0
 
 
 def test_map_takes_several_columns_at_once(tmp_path):

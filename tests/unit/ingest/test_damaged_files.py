@@ -67,7 +67,7 @@ def damaged(content, rng):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(0 if CASES > 1000 else 120)
+@pytest.mark.timeout(0 if CASES > 1000 else 1200)
 def test_a_damaged_file_is_a_picture_or_a_refusal():
     rng, files, refused = random.Random(0), seeds(), 0
     for number in range(CASES):
@@ -114,9 +114,10 @@ def capped_apart(other):
     assert (alive_s() if process.poll() is None else dead_s() - dead) - began < LONGEST_S
 
 
-@pytest.mark.timeout(0 if CASES > 1000 else 120)
+@pytest.mark.timeout(0 if CASES > 1000 else 1200)
 def test_a_damaged_slide_is_tiles_or_a_refusal(tmp_path):
     rng, files, refused, options = random.Random(0), list(slides(tmp_path)), 0, DecodeOptions(tile_px=64)
+    assert decode_slide(tmp_path / "slide.tif", options)  # what the other process and its libraries need to start
     for number in range(SLIDES):
         (tmp_path / "slide.tif").write_bytes(damaged(files[number % 2], rng))
         try:
@@ -143,7 +144,7 @@ def test_a_slide_that_ends_openslides_process_costs_that_slide_alone(tmp_path):
     (tmp_path / "slide.tif").write_bytes(deadly)
     with pytest.raises(PictureError, match="truncated-or-corrupt"):
         decode_slide(tmp_path / "slide.tif", DecodeOptions(tile_px=64))
-    assert process.wait(5) == -signal.SIGABRT
+    assert process.wait(300) == -signal.SIGABRT
     (tmp_path / "slide.tif").write_bytes(whole)
     again = decode_slide(tmp_path / "slide.tif", DecodeOptions(tile_px=64))
     assert [tile.picture.encoded for tile in again] == [tile.picture.encoded for tile in expected]

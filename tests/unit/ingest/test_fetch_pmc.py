@@ -58,7 +58,7 @@ def command(bucket, tmp_path, *more):
 
 
 def fetch(bucket, tmp_path, *more):
-    return subprocess.run(command(bucket, tmp_path, *more), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(bucket, tmp_path, *more), capture_output=True, text=True, timeout=600)
 
 
 def fetched(tmp_path):
@@ -70,7 +70,7 @@ def whole():
 
 
 def test_every_picture_is_fetched_or_refused_for_its_reason(bucket, tmp_path):
-    bucket.wait_s = 0.02
+    bucket.together = 3
     done = fetch(bucket, tmp_path)
     assert done.returncode == 0, done.stderr
     assert fetched(tmp_path) == whole()
@@ -115,15 +115,22 @@ def test_what_fails_is_counted_and_fetched_another_time(bucket, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_fetch_goes_on_where_it_was(bucket, tmp_path, how):
-    bucket.wait_s = 0.05
+    bucket.answer(40)  # of 71
     child = subprocess.Popen(command(bucket, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "images" / ".fetch.jsonl"
-    deadline = time.monotonic() + 60
-    while (not log.exists() or log.read_bytes().count(b"fetched") < 6) and time.monotonic() < deadline:
+    while not log.exists() or log.read_bytes().count(b"fetched") < 6:
+        assert child.poll() is None
         time.sleep(0.01)
     os.kill(child.pid, how)
-    assert child.wait(timeout=60) == (-9 if how == signal.SIGKILL else 1)
-    kept = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in ("0_F0.jpg", "0_F1.jpg")}
+    bucket.wait_s = 0.2  # what is under way is waited for, and nothing new is begun
+    bucket.answer()
+    assert child.wait(timeout=600) == (-9 if how == signal.SIGKILL else 1)
+    records = [
+        json.loads(line) for line in log.read_bytes().splitlines(keepends=True) if line.strip() and line.endswith(b"\n")
+    ]
+    names = [f"{record['pair_id']}.jpg" for record in records if record["state"] == "fetched"]
+    assert 6 <= len(names) < 32
+    kept = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in names}
     with open(log, "ab") as file:
         file.write(b'{"pair_id": "19_F1", "state": "fetch')
     bucket.wait_s = 0.0

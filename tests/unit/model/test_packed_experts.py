@@ -163,7 +163,7 @@ def test_the_20b_preset_keeps_423_mb_a_layer_and_nothing_of_the_experts_beside_i
 def test_a_layer_of_the_20b_is_never_unpacked_as_a_whole_in_either_pass():
     """By a process's own peak. Every expert that has rows is decoded, one matrix after the other: 33 MB in bf16 and
     what decoding takes, where the layer as a whole would take 1.59 GB."""
-    run = subprocess.run([sys.executable, "-c", ONE_LAYER], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([sys.executable, "-c", ONE_LAYER], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     grown = json.loads(run.stdout.splitlines()[-1])
     whole, matrix = 32 * 3 * 2880 * 2880 * 2, 2 * 2880 * 2880 * 2

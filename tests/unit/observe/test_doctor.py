@@ -129,15 +129,14 @@ def test_a_run_is_looked_at_too_when_it_is_named(tmp_path, capsys):
         doctor.examine(tmp_path / "gone")
 
 
-def test_it_answers_quickly_and_imports_nothing_heavy_but_torch():
+def test_it_computes_less_than_the_import_of_torch_and_imports_nothing_else_that_is_heavy():
     heavy = "megatron.core", "transformers", "nvidia.dali", "triton", "pydicom"
     code = (
-        "import sys, time; from megatron_medgpt.observe.doctor import examine; examine(); "
-        f"print(time.process_time(), [m for m in {heavy!r} if m in sys.modules])"
+        "import time, torch; imported = time.process_time(); "
+        "import sys; from megatron_medgpt.observe.doctor import examine; examine(); "
+        f"print(imported, time.process_time() - imported, [m for m in {heavy!r} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds, imported = done.stdout.split(maxsplit=1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    of_torch, of_ours, imported = done.stdout.split(maxsplit=2)
     assert imported.strip() == "[]"
-    assert (
-        float(seconds) < 4
-    )  # of this process alone, whatever else the machine is doing; 2 s measured, all of it torch
+    assert float(of_ours) < float(of_torch)  # both of this process alone; measured 0.02 s and 1.1 s

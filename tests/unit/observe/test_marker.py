@@ -38,7 +38,7 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen]:
         yield process
     finally:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=300)
 
 
 def state_of(folder: Path) -> RunState:

@@ -20,12 +20,12 @@ ENDED = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
     ("programs", "code", "said"),
     [
         (["pass", "pass"], 0, ""),
-        (["import time; time.sleep(60)", ENDED], 143, "medgpt: rank 1 was ended by SIGTERM\n"),
-        (["raise SystemExit(2)", "import time; time.sleep(60)"], 2, ""),  # it has said why
+        (["import time; time.sleep(3600)", ENDED], 143, "medgpt: rank 1 was ended by SIGTERM\n"),
+        (["raise SystemExit(2)", "import time; time.sleep(3600)"], 2, ""),  # it has said why
     ],
 )
 def test_a_rank_that_a_signal_has_ended_is_named(monkeypatch, capfd, programs, code, said):
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         return subprocess.Popen([sys.executable, "-c", programs[rank]], start_new_session=True)
 
     monkeypatch.setattr(launch, "_start_rank", start)
@@ -34,8 +34,8 @@ def test_a_rank_that_a_signal_has_ended_is_named(monkeypatch, capfd, programs, c
     assert capfd.readouterr().err == said
 
 
-STOPS_WHEN_TOLD = "import signal, time; signal.signal(2, lambda *_: exit(130)); open('here', 'w'); time.sleep(60)"
-WAITS_IN_THE_ENGINE = "import signal, time; signal.signal(2, signal.SIG_IGN); open('there', 'w'); time.sleep(60)"
+STOPS_WHEN_TOLD = "import signal, time; signal.signal(2, lambda *_: exit(130)); open('here', 'w'); time.sleep(3600)"
+WAITS_IN_THE_ENGINE = "import signal, time; signal.signal(2, signal.SIG_IGN); open('there', 'w'); time.sleep(3600)"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stop
 ):
     monkeypatch.chdir(tmp_path)
 
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         return subprocess.Popen([sys.executable, "-c", programs[rank]], start_new_session=True)
 
     def tell():
@@ -60,11 +60,9 @@ def test_a_rank_that_hears_no_signal_is_not_waited_for_when_the_others_have_stop
 
     monkeypatch.setattr(launch, "_start_rank", start)
     monkeypatch.setattr(launch, "STOPPED_GRACE_S", 0.1)
-    monkeypatch.setattr(launch, "GRACE_S", 50)
+    monkeypatch.setattr(launch, "GRACE_S", 3600)
     threading.Thread(target=tell, daemon=True).start()
-    began = time.monotonic()
     assert launch.run_ranks([], 2) == 130
-    assert time.monotonic() - began < 40
     assert capfd.readouterr().err == said
 
 
@@ -72,7 +70,7 @@ def test_a_signal_before_the_last_rank_is_started_leaves_none_behind(monkeypatch
     monkeypatch.chdir(tmp_path)
     started = []
 
-    def start(arguments, rank, num_ranks, port):
+    def start(arguments, rank, num_ranks, listener):
         if rank == 1:
             while not (tmp_path / "here").exists():
                 time.sleep(0.01)

@@ -23,7 +23,7 @@ def unprepared():
     """What the engine answers in a process where nobody has prepared it."""
     program = Path(__file__).with_name("unprepared_engine.py")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

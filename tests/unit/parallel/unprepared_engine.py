@@ -6,13 +6,13 @@ Prints a JSON object: for every defect, what happened.
 from __future__ import annotations
 
 import json
-import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from native_threads import names_of_threads, started_since
 
+BEFORE = names_of_threads()
 warnings.simplefilter("ignore")
 
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
@@ -74,9 +74,7 @@ def collectives_of_one_rank() -> object:
 def network_loops() -> object:
     """Threads that poll, one for each of four groups."""
     groups = [dist.new_group([0]) for _ in range(3)]
-    time.sleep(0.2)  # a new thread gives itself its name
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return f"{names.count('gloo_tcp_loop')} for {1 + len(groups)} groups"
+    return f"{started_since(BEFORE).count('gloo_tcp_loop')} for {1 + len(groups)} groups"
 
 
 def slice_marks() -> object:

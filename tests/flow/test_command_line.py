@@ -26,7 +26,7 @@ def run_file(tmp_path_factory) -> Path:
 
 def medgpt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_medgpt.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=6000, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd)
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:

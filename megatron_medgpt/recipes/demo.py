@@ -26,7 +26,7 @@ VOCAB_SIZE = 512
 
 MODEL = ModelConfig(
     language=LanguageConfig(
-        num_layers=4, hidden_size=96, num_attention_heads=4, num_query_groups=2, head_dim=32, num_experts=8,
+        num_layers=4, hidden_size=96, num_attention_heads=6, num_query_groups=2, head_dim=16, num_experts=8,
         num_experts_per_token=2, expert_hidden_size=96, vocab_size=VOCAB_SIZE, sliding_window=64,
         yarn_original_length=128, max_length=4096, init_std=0.08,
     ),
@@ -35,9 +35,8 @@ MODEL = ModelConfig(
         pretrained_size_px=60, patch_size_px=20,
     ),
 )  # fmt: skip
-"""Heads of 32 are the smallest that vLLM serves on a CPU. Nine image tokens: with 36 (84 px in patches of 14) the model
-needs three times as many steps to find the picture. A 2x2 pixel shuffle over those learns a little faster, but LLaVA's
-layout, to which the demo exports, has none."""
+"""Nine image tokens: with 36 (84 px in patches of 14) the model needs three times as many steps to find the picture. A
+2x2 pixel shuffle over those learns a little faster, but LLaVA's layout, to which the demo exports, has none."""
 
 
 def demo() -> RunConfig:

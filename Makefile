@@ -92,7 +92,7 @@ convert-matrix: setup
 	@$(BIN)/python tools/convert/matrix.py
 
 # Exports in vLLM itself, on this machine's CPU: its logits, its pixels, its server under `medgpt eval` (6 GB of packages
-# in an environment of their own; ten minutes).
+# in an environment of their own; seven minutes and the download).
 vllm-test: setup
 	@test -n "$(PYTHON_NEWEST)" || { echo "no Python 3.12 or later found; set PYTHON_NEWEST=/path/to/python3.12"; exit 1; }
 	@PYTHON="$(PYTHON_NEWEST)" PIP_ARGS="$(PIP_ARGS)" tools/convert/vllm_on_a_cpu.sh build/vllm

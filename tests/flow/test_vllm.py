@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
@@ -211,7 +210,7 @@ def serving(folder: Path, log: Path):
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                     break
-            except (urllib.error.URLError, OSError):
+            except OSError:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}"
     finally:
